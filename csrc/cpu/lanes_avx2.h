@@ -1,0 +1,201 @@
+// Eight floats in an AVX2 register.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../loss_math.h"
+
+namespace gol {
+inline namespace GOL_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+struct Vec {
+  __m256 v;
+  GOL_FN Vec() {}
+  GOL_FN Vec(__m256 x) : v(x) {}
+  GOL_FN explicit Vec(double x) : v(_mm256_set1_ps(static_cast<float>(x))) {}
+};
+struct Mask {
+  __m256 v;
+};
+
+GOL_FN Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
+GOL_FN Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
+GOL_FN Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
+GOL_FN Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+// The instruction returns its second operand when either is NaN: NaN in a stays.
+GOL_FN Vec vmin(Vec a, Vec b) { return _mm256_min_ps(b.v, a.v); }
+GOL_FN Vec vmax(Vec a, Vec b) { return _mm256_max_ps(b.v, a.v); }
+GOL_FN Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+GOL_FN Mask differs(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_NEQ_OQ)}; }
+GOL_FN Vec select(Mask m, Vec a, Vec b) { return _mm256_blendv_ps(b.v, a.v, m.v); }
+GOL_FN Vec reciprocal(Vec x) { return _mm256_div_ps(_mm256_set1_ps(1.f), x.v); }
+// a / (b + low), |low| below an ulp of b: the quotient corrected by its remainder.
+GOL_FN Vec divide(Vec a, Vec b, Vec low) {
+  const Vec r = reciprocal(b);
+  const Vec q = a * r;
+  return fma(fma(Vec(0.0) - q, low, fma(Vec(0.0) - q, b, a)), r, q);
+}
+
+// 2^(x + low) = 2^floor(x) * P(x - floor(x) + low); P has degree 6 and P(0) = 1, minimax relative error
+// 2.0e-9. Below the smallest normal number the result is 0; x must stay below 128.
+template <bool kLow> GOL_FN Vec exp2_sum(Vec x, Vec low) {
+  const Vec n(_mm256_floor_ps(x.v));
+  Vec f = x - n;
+  if (kLow) f = f + low;
+  Vec p = fma(Vec(2.161291497e-4), f, Vec(1.246784645e-3));
+  p = fma(p, f, Vec(9.675451565e-3));
+  p = fma(p, f, Vec(5.548528062e-2));
+  p = fma(p, f, Vec(2.402293056e-1));
+  p = fma(p, f, Vec(6.931470444e-1));
+  p = fma(p, f, Vec(1.0));
+  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
+  const Vec r(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), exponent)));
+  return select(less(x, Vec(-126.0)), Vec(0.0), r);  // NaN: P is NaN and the exponent's bits are 0
+}
+GOL_FN Vec exp2(Vec x) { return exp2_sum<false>(x, x); }
+// e^x with x * log2(e) in two pieces: 1 ulp where exp2(x * log2(e)) would lose |x| ulp.
+GOL_FN Vec exp(Vec x) {
+  const float log2e = static_cast<float>(kLog2E);
+  const Vec high = x * Vec(kLog2E);
+  const Vec low = fma(x, Vec(kLog2E - log2e), fma(x, Vec(kLog2E), Vec(0.0) - high));
+  return exp2_sum<true>(high, low);
+}
+
+// log2 of a positive normal number: exponent + 2/ln2 * atanh((m - 1) / (m + 1)), m in [3/4, 3/2).
+GOL_FN Vec log2(Vec x) {
+  const __m256i bits = _mm256_castps_si256(x.v);
+  // The bits of 3/4 are taken off, so that the exponent counts from mantissas in [3/4, 3/2).
+  const __m256i e = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f400000)), 23);
+  const Vec m(_mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(e, 23))));
+  const Vec s(_mm256_div_ps((m - Vec(1.0)).v, (m + Vec(1.0)).v));
+  const Vec s2 = s * s;
+  Vec p = fma(Vec(2.0 / 9 * kLog2E), s2, Vec(2.0 / 7 * kLog2E));
+  p = fma(p, s2, Vec(2.0 / 5 * kLog2E));
+  p = fma(p, s2, Vec(2.0 / 3 * kLog2E));
+  p = fma(p, s2, Vec(2.0 * kLog2E));
+  const Vec r = fma(p, s, Vec(_mm256_cvtepi32_ps(e)));
+  return Vec(_mm256_blendv_ps(r.v, x.v, _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q)));
+}
+
+template <class V> struct Lanes;
+template <> struct Lanes<Vec> {
+  static constexpr int width = 8;
+  using Mask = gol::Mask;
+
+  static GOL_FN Vec load(const float* p) { return _mm256_loadu_ps(p); }
+  static GOL_FN Vec load(const float* p, int n) { return _mm256_maskload_ps(p, lanes_below(n)); }
+  static GOL_FN void store(float* p, Vec v) { _mm256_storeu_ps(p, v.v); }
+  static GOL_FN void store(float* p, int n, Vec v) { _mm256_maskstore_ps(p, lanes_below(n), v.v); }
+
+  static GOL_FN Vec load(const Float16* p) { return _mm256_cvtph_ps(load16(p)); }
+  static GOL_FN Vec load(const Float16* p, int n) { return _mm256_cvtph_ps(load16(p, n)); }
+  static GOL_FN void store(Float16* p, Vec v) { _mm_storeu_si128((__m128i*)p, half(v)); }
+  static GOL_FN void store(Float16* p, int n, Vec v) { store16(p, n, half(v)); }
+
+  static GOL_FN Vec load(const BFloat16* p) { return widen(load16(p)); }
+  static GOL_FN Vec load(const BFloat16* p, int n) { return widen(load16(p, n)); }
+  static GOL_FN void store(BFloat16* p, Vec v) { _mm_storeu_si128((__m128i*)p, narrow(v)); }
+  static GOL_FN void store(BFloat16* p, int n, Vec v) { store16(p, n, narrow(v)); }
+
+  static GOL_FN Mask first(int n) { return {_mm256_castsi256_ps(lanes_below(n))}; }
+  static GOL_FN Mask clear_bits(uint64_t bits) {
+    const __m256i lane_bit = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
+    const __m256i hit = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane_bit);
+    return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(hit, _mm256_setzero_si256()))};
+  }
+  static GOL_FN Mask both(Mask a, Mask b) { return {_mm256_and_ps(a.v, b.v)}; }
+  static GOL_FN double sum(Vec x) {
+    const __m256d d = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x.v)),
+                                    _mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1)));
+    const __m128d h = _mm_add_pd(_mm256_castpd256_pd128(d), _mm256_extractf128_pd(d, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(h, _mm_unpackhi_pd(h, h)));
+  }
+  static GOL_FN float max(Vec x) {
+    __m128 h = _mm_max_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
+  }
+
+private:
+  static GOL_FN __m256i lanes_below(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+  }
+  static GOL_FN __m128i load16(const void* p) { return _mm_loadu_si128((const __m128i*)p); }
+  static GOL_FN __m128i load16(const void* p, int n) {
+    alignas(16) uint16_t buffer[8] = {0};
+    for (int i = 0; i < n; ++i) buffer[i] = static_cast<const uint16_t*>(p)[i];
+    return _mm_load_si128((const __m128i*)buffer);
+  }
+  static GOL_FN void store16(void* p, int n, __m128i v) {
+    alignas(16) uint16_t buffer[8];
+    _mm_store_si128((__m128i*)buffer, v);
+    for (int i = 0; i < n; ++i) static_cast<uint16_t*>(p)[i] = buffer[i];
+  }
+  static GOL_FN __m128i half(Vec v) { return _mm256_cvtps_ph(v.v, _MM_FROUND_TO_NEAREST_INT); }
+  static GOL_FN Vec widen(__m128i b) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16));
+  }
+  // Round to nearest even on the upper half; NaN would carry over into another number, so it is set.
+  static GOL_FN __m128i narrow(Vec v) {
+    const __m256i b = _mm256_castps_si256(v.v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
+    __m256i r = _mm256_add_epi32(b, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    r = _mm256_srli_epi32(r, 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v.v, v.v, _CMP_UNORD_Q));
+    r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+  }
+};
+
+// Eight 32-bit words for the counter generator, each in the lower half of a 64-bit lane, where
+// the widening multiplication wants them: words 0..3 and 4..7. The upper halves hold anything.
+struct VecU {
+  __m256i lower, upper;
+  GOL_FN VecU() {}
+  GOL_FN VecU(__m256i a, __m256i b) : lower(a), upper(b) {}
+  GOL_FN explicit VecU(uint32_t x) : lower(_mm256_set1_epi64x(x)), upper(_mm256_set1_epi64x(x)) {}
+};
+GOL_FN VecU xor3(VecU a, VecU b, VecU c) {
+  return {_mm256_xor_si256(_mm256_xor_si256(a.lower, b.lower), c.lower),
+          _mm256_xor_si256(_mm256_xor_si256(a.upper, b.upper), c.upper)};
+}
+GOL_FN VecU mulhilo(uint32_t a, VecU b, VecU* hi) {
+  const __m256i a64 = _mm256_set1_epi64x(a);
+  const __m256i lower = _mm256_mul_epu32(b.lower, a64), upper = _mm256_mul_epu32(b.upper, a64);
+  *hi = {_mm256_srli_epi64(lower, 32), _mm256_srli_epi64(upper, 32)};
+  return {lower, upper};
+}
+
+struct Words {
+  static constexpr int width = 8;
+  using type = VecU;
+  static GOL_FN VecU iota(uint32_t start) {
+    const __m256i lane = _mm256_add_epi64(_mm256_setr_epi64x(0, 1, 2, 3), _mm256_set1_epi64x(start));
+    return {lane, _mm256_add_epi64(lane, _mm256_set1_epi64x(4))};
+  }
+  // Bits 2l and 2l+1: whether the lower and the upper half of word l are not below the limit.
+  static GOL_FN uint32_t halves_from(VecU v, uint16_t limit) {
+    // The lower words of both registers in order 0 1 4 5 2 3 6 7, then put right.
+    const __m256 mixed = _mm256_shuffle_ps(_mm256_castsi256_ps(v.lower), _mm256_castsi256_ps(v.upper), 0x88);
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_castps_si256(mixed), 0xd8);
+    const __m256i at_least = _mm256_cmpeq_epi16(
+        _mm256_max_epu16(words, _mm256_set1_epi16(static_cast<short>(limit))), words);
+    const __m256i bytes = _mm256_packs_epi16(at_least, at_least);
+    const uint32_t mask = static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
+    return (mask & 0xff) | (mask >> 8 & 0xff00);
+  }
+};
+
+// The number type in which a row stored as T is worked on.
+template <class T> using RowNumber = Vec;
+constexpr bool kHasFloat64 = false;
+
+}  // inline namespace GOL_ISA
+}  // namespace gol

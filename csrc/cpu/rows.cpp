@@ -1,0 +1,108 @@
+#include "rows.h"
+
+#include <cmath>
+#include <limits>
+
+namespace gol {
+namespace cpu {
+namespace {
+
+DType dtype_of(const char* op, const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return DType::kFloat32;
+    case at::kDouble: return DType::kFloat64;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, op, ": logits must be float32, float64, bfloat16 or float16, got ",
+                       t.scalar_type());
+  }
+}
+
+}  // namespace
+
+at::Tensor checked_labels(const char* op, const at::Tensor& labels, int64_t num_classes,
+                          int64_t ignore_index, bool validate) {
+  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong || labels.scalar_type() == at::kInt, op,
+                   ": labels must be int64 or int32, got ", labels.scalar_type());
+  TORCH_CHECK_VALUE(labels.dim() == 1, op, ": labels must be [N], got ", labels.sizes());
+  const at::Tensor checked = labels.to(at::kLong).contiguous();
+  if (!validate) return checked;
+  const int64_t* label = checked.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < checked.numel(); ++i) {
+    TORCH_CHECK_VALUE((label[i] >= 0 && label[i] <= num_classes) || label[i] == ignore_index, op,
+                      ": labels must lie in [0, ", num_classes, "] or be ignore_index (", ignore_index,
+                      "), got ", label[i], " in row ", i);
+  }
+  return checked;
+}
+
+Rows prepare_rows(const RowArguments& a) {
+  const DType dtype = dtype_of(a.op, a.logits);
+  TORCH_CHECK_VALUE(a.logits.dim() == 2, a.op, ": logits must be [N, K], got ", a.logits.sizes());
+  const int64_t n = a.logits.size(0);
+  TORCH_CHECK_VALUE(a.labels.dim() == 1 && a.labels.size(0) == n, a.op, ": labels must be [", n,
+                    "] like the rows of logits, got ", a.labels.sizes());
+  Rows rows{a.logits.stride(1) == 1 || a.logits.size(1) == 1 ? a.logits : a.logits.contiguous(),
+            checked_labels(a.op, a.labels, a.num_classes, a.ignore_index, a.validate),
+            std::vector<double>(n), dtype};
+
+  at::Tensor weights;
+  if (a.row_weights.has_value()) {
+    TORCH_CHECK_VALUE(a.row_weights->dim() == 1 && a.row_weights->size(0) == n, a.op,
+                      ": row_weights must be [", n, "], got ", a.row_weights->sizes());
+    weights = a.row_weights->to(at::kDouble).contiguous();
+  }
+  const double* weight = weights.defined() ? weights.const_data_ptr<double>() : nullptr;
+  const int64_t* label = rows.labels.const_data_ptr<int64_t>();
+  int64_t counted = 0;
+  for (int64_t i = 0; i < n; ++i) counted += label[i] != a.ignore_index;
+
+  double factor = a.scale;
+  if (a.reduction == "mean") {
+    const double denominator =
+        a.avg_factor.has_value() ? a.avg_factor->item<double>() : static_cast<double>(counted);
+    if (denominator != 0) factor /= denominator;  // nothing to average over: the sum, which is 0
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const bool legal = label[i] >= 0 && label[i] <= a.num_classes;
+    const double w = weight == nullptr ? 1.0 : weight[i];
+    rows.scale[i] = label[i] == a.ignore_index ? 0.0
+                    : legal                    ? w * factor
+                                               : std::numeric_limits<double>::quiet_NaN();
+  }
+  return rows;
+}
+
+std::vector<double> scaled_by(const std::vector<double>& scale, const at::Tensor& grad_loss) {
+  const at::Tensor upstream = grad_loss.to(at::kDouble).expand({static_cast<int64_t>(scale.size())});
+  std::vector<double> product(scale.size());
+  const auto access = upstream.accessor<double, 1>();
+  for (size_t i = 0; i < scale.size(); ++i) product[i] = scale[i] * access[static_cast<int64_t>(i)];
+  return product;
+}
+
+at::Tensor reduce_rows(const Rows& rows, const std::vector<double>& row_loss, c10::string_view reduction) {
+  const auto options =
+      rows.logits.options().dtype(rows.dtype == DType::kFloat64 ? at::kDouble : at::kFloat);
+  const int64_t n = static_cast<int64_t>(row_loss.size());
+  if (reduction != "none") {
+    double total = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      if (rows.scale[i] != 0) total += rows.scale[i] * row_loss[i];
+    }
+    return at::full({}, total, options);
+  }
+  at::Tensor losses = at::empty({n}, options.dtype(at::kDouble));
+  double* loss = losses.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < n; ++i) loss[i] = rows.scale[i] != 0 ? rows.scale[i] * row_loss[i] : 0.0;
+  return losses.to(options.dtype());
+}
+
+at::Tensor empty_grad(const Rows& rows, bool compute_grad) {
+  if (!compute_grad) return at::empty({0}, rows.logits.options());
+  return at::empty(rows.logits.sizes(), rows.logits.options(), at::MemoryFormat::Contiguous);
+}
+
+}  // namespace cpu
+}  // namespace gol

@@ -1,0 +1,62 @@
+// What every loss does before its kernel: checks, labels, and the factor of each row.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace gol {
+namespace cpu {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// The arguments that all losses share, under the names of the op schemas.
+struct RowArguments {
+  const char* op;
+  const at::Tensor& logits;           // [N, K]
+  const at::Tensor& labels;           // [N] int64 or int32
+  const OptionalTensor& row_weights;  // [N]
+  const OptionalTensor& avg_factor;   // 0-d
+  int64_t num_classes;                // the largest legal label
+  int64_t ignore_index;
+  c10::string_view reduction;
+  double scale;
+  bool validate;
+};
+
+struct Rows {
+  at::Tensor logits;          // [N, K], dense in the last dimension
+  at::Tensor labels;          // [N] int64 contiguous
+  std::vector<double> scale;  // [N] weight / denominator; 0 ignored, NaN for an illegal label
+  DType dtype;
+};
+
+// Raises TypeError or ValueError before anything is computed.
+Rows prepare_rows(const RowArguments& a);
+// scale[i] *= grad_loss, a 0-d tensor or one number for each row.
+std::vector<double> scaled_by(const std::vector<double>& scale, const at::Tensor& grad_loss);
+// sum_i scale_i * row_loss_i in row order (whatever the number of threads), or each of them.
+at::Tensor reduce_rows(const Rows& rows, const std::vector<double>& row_loss, c10::string_view reduction);
+// [N, K] for the gradient, or an empty tensor.
+at::Tensor empty_grad(const Rows& rows, bool compute_grad);
+// Labels of [N], int64, checked to lie in [0, num_classes] or to be ignore_index.
+at::Tensor checked_labels(const char* op, const at::Tensor& labels, int64_t num_classes,
+                          int64_t ignore_index, bool validate);
+
+// Rows in parallel: body(begin, end, scratch) with a scratch of its own for each call.
+template <class Scratch, class Body>
+void parallel_rows(int64_t num_rows, int64_t scratch_size, const Body& body) {
+  constexpr int64_t kGrain = 16;  // rows; a row of 1204 columns takes about a microsecond
+  at::parallel_for(0, num_rows, kGrain, [&](int64_t begin, int64_t end) {
+    std::vector<Scratch> scratch(scratch_size);
+    body(begin, end, scratch.data());
+  });
+}
+
+}  // namespace cpu
+}  // namespace gol

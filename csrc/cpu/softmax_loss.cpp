@@ -1,0 +1,123 @@
+// gol_kernels::softmax_{loss,grad}_native and label_counts_native on the CPU.
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "rows.h"
+
+namespace gol {
+namespace cpu {
+namespace {
+
+struct Options {
+  c10::string_view reweight;
+  double p, q, eps;
+  bool objectness;
+};
+
+struct RowLosses {
+  std::vector<double> classes, objectness;
+};
+
+// Seesaw's mitigation in units of log2: p * log2(max(n, 1)) for each class.
+template <class Number>
+std::vector<Number> mitigation_table(const char* op, const OptionalTensor& class_counts, double p, int64_t c) {
+  TORCH_CHECK_VALUE(class_counts.has_value() && class_counts->dim() == 1 && class_counts->size(0) >= c, op,
+                    ": seesaw needs class_counts of [", c, "] or more");
+  const at::Tensor counts = class_counts->to(at::kDouble).contiguous();
+  const double* n = counts.const_data_ptr<double>();
+  std::vector<Number> table(c);
+  for (int64_t j = 0; j < c; ++j) table[j] = static_cast<Number>(std::fmax(p, 0.0) * std::log2(std::fmax(n[j], 1.0)));
+  return table;
+}
+
+RowLosses run(const RowArguments& a, const Rows& rows, const std::vector<double>& class_scale,
+              const std::vector<double>& objectness_scale, const Options& o,
+              const OptionalTensor& class_counts, at::Tensor* grad) {
+  const int64_t n = rows.logits.size(0), k = rows.logits.size(1);
+  RowLosses losses{std::vector<double>(n), std::vector<double>(o.objectness ? n : 0)};
+  SoftmaxArgs args{};
+  args.dtype = rows.dtype;
+  args.logits = rows.logits.const_data_ptr();
+  args.row_stride = rows.logits.stride(0);
+  args.grad = grad != nullptr ? grad->mutable_data_ptr() : nullptr;
+  args.num_columns = k;
+  args.num_softmax = o.objectness ? k - 2 : k;
+  args.labels = rows.labels.const_data_ptr<int64_t>();
+  args.row_scale = class_scale.data();
+  args.objectness_scale = objectness_scale.data();
+  args.row_loss = losses.classes.data();
+  args.row_objectness = o.objectness ? losses.objectness.data() : nullptr;
+  args.q = std::fmax(o.q, 0.0);
+  args.log2_eps = std::log2(o.eps);
+  const bool fp64 = rows.dtype == DType::kFloat64;
+  std::vector<double> pln64;
+  std::vector<float> pln32;
+  if (o.reweight == "seesaw" && fp64) {
+    pln64 = mitigation_table<double>(a.op, class_counts, o.p, args.num_softmax);
+    args.pln = pln64.data();
+  } else if (o.reweight == "seesaw") {
+    pln32 = mitigation_table<float>(a.op, class_counts, o.p, args.num_softmax);
+    args.pln = pln32.data();
+  } else {
+    TORCH_CHECK_VALUE(o.reweight == "none", a.op, ": unknown reweight '", o.reweight, "'");
+  }
+  const KernelTable& table = fp64 ? kGenericKernels : kernels();
+  parallel_rows<double>(n, k, [&](int64_t begin, int64_t end, double* scratch) {
+    table.softmax(args, begin, end, scratch);
+  });
+  return losses;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_loss(
+    const at::Tensor& logits, const at::Tensor& labels, const OptionalTensor& row_weights,
+    const OptionalTensor& avg_factor, const OptionalTensor& class_counts, c10::string_view reweight,
+    double p, double q, double eps, bool objectness, int64_t num_classes, int64_t ignore_index,
+    c10::string_view reduction, double scale, bool validate, bool compute_grad) {
+  const RowArguments a{"softmax_loss", logits,       labels,    row_weights, avg_factor,
+                       num_classes,    ignore_index, reduction, scale,       validate};
+  const Rows rows = prepare_rows(a);
+  at::Tensor grad = empty_grad(rows, compute_grad);
+  const auto losses = run(a, rows, rows.scale, rows.scale, {reweight, p, q, eps, objectness}, class_counts,
+                          compute_grad ? &grad : nullptr);
+  const at::Tensor class_loss = reduce_rows(rows, losses.classes, reduction);
+  return {class_loss,
+          objectness ? reduce_rows(rows, losses.objectness, reduction) : at::zeros_like(class_loss), grad};
+}
+
+at::Tensor softmax_grad(const at::Tensor& grad_classes, const at::Tensor& grad_objectness,
+                        const at::Tensor& logits, const at::Tensor& labels,
+                        const OptionalTensor& row_weights, const OptionalTensor& avg_factor,
+                        const OptionalTensor& class_counts, c10::string_view reweight, double p, double q,
+                        double eps, bool objectness, int64_t num_classes, int64_t ignore_index,
+                        c10::string_view reduction, double scale, bool validate) {
+  const RowArguments a{"softmax_grad", logits,       labels,    row_weights, avg_factor,
+                       num_classes,    ignore_index, reduction, scale,       validate};
+  const Rows rows = prepare_rows(a);
+  at::Tensor grad = empty_grad(rows, true);
+  run(a, rows, scaled_by(rows.scale, grad_classes), scaled_by(rows.scale, grad_objectness),
+      {reweight, p, q, eps, objectness}, class_counts, &grad);
+  return grad;
+}
+
+at::Tensor label_counts(const at::Tensor& labels, int64_t num_classes, int64_t ignore_index, bool validate) {
+  const at::Tensor checked = checked_labels("label_counts", labels, num_classes, ignore_index, validate);
+  at::Tensor counts = at::zeros({num_classes + 1}, checked.options());
+  int64_t* count = counts.mutable_data_ptr<int64_t>();
+  const int64_t* label = checked.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < checked.numel(); ++i) {
+    if (label[i] >= 0 && label[i] <= num_classes && label[i] != ignore_index) ++count[label[i]];
+  }
+  return counts;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(gol_kernels, CPU, m) {
+  m.impl("softmax_loss_native", softmax_loss);
+  m.impl("softmax_grad_native", softmax_grad);
+  m.impl("label_counts_native", label_counts);
+}
+
+}  // namespace cpu
+}  // namespace gol

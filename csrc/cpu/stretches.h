@@ -1,0 +1,45 @@
+// Loops over a stretch of a row in vectors, whatever its length and alignment.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace gol {
+inline namespace GOL_ISA {
+
+// Calls body(column, lanes in use) over [from, to); only the last call may have fewer lanes.
+template <class V, class Body> GOL_FN void for_vectors(int64_t from, int64_t to, const Body& body) {
+  constexpr int W = Lanes<V>::width;
+  int64_t j = from;
+  for (; j + W <= to; j += W) body(j, std::integral_constant<int, W>());
+  if (j < to) body(j, static_cast<int>(to - j));
+}
+// A vector of p[0..n), the other lanes zero; a full vector where n is the width by its type.
+template <class V, class T, int W> GOL_FN V load_lanes(const T* p, std::integral_constant<int, W>) {
+  return Lanes<V>::load(p);
+}
+template <class V, class T> GOL_FN V load_lanes(const T* p, int n) { return Lanes<V>::load(p, n); }
+template <class V, class T, int W>
+GOL_FN void store_lanes(T* p, std::integral_constant<int, W>, V v) {
+  Lanes<V>::store(p, v);
+}
+template <class V, class T> GOL_FN void store_lanes(T* p, int n, V v) { Lanes<V>::store(p, n, v); }
+template <class V, int W> GOL_FN V keep_lanes(std::integral_constant<int, W>, V v, V) { return v; }
+template <class V> GOL_FN V keep_lanes(int n, V v, V otherwise) {
+  return select(Lanes<V>::first(n), v, otherwise);
+}
+
+template <class V, class T> GOL_FN double first_element(const T* p) {
+  return Lanes<V>::sum(Lanes<V>::load(p, 1));  // the other lanes are zero
+}
+
+template <bool kGrad, class T> GOL_FN void fill(T* grad, int64_t count, double value) {
+  using V = RowNumber<T>;
+  if (kGrad)
+    for_vectors<V>(0, count, [&](int64_t j, auto n) { store_lanes(grad + j, n, V(value)); });
+}
+
+}  // inline namespace GOL_ISA
+}  // namespace gol
