@@ -103,11 +103,27 @@ _FAKES = {
 
 
 # --- autograd -----------------------------------------------------------------------------------
-def _refuse_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError(
-        "double backward is not supported: the gradient of a gol_kernels loss is made together with the "
-        "loss. Use gol_kernels.reference under autograd for second derivatives."
-    )
+class _Once(torch.autograd.Function):
+    """Identity on a gradient that was made with create_graph=True: differentiating it is refused.
+
+    The gradient is not a function of the logits in autograd's books; without this node a second
+    derivative would silently be 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "double backward is not supported: the gradient of a gol_kernels loss is made together with the "
+            "loss. Use gol_kernels.reference under autograd for second derivatives."
+        )
+
+
+def _once(grad: Tensor) -> Tensor:
+    return _Once.apply(grad.detach().requires_grad_(True)) if torch.is_grad_enabled() else grad
 
 
 def _graph_is_kept() -> bool:
@@ -136,6 +152,7 @@ def _scaled(grad: Tensor, *parts: tuple[slice, Tensor]) -> Tensor:
 
 def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[-1])
     *arguments, compute_grad = inputs
     ctx.compute_grad = compute_grad
     if compute_grad:
@@ -163,21 +180,18 @@ def _register_autograd(backend: str) -> None:
     )
 
     def bernoulli_backward(ctx: Any, grad_loss: Tensor | None, grad_grad: Tensor | None) -> Any:
-        if grad_grad is not None:
-            _refuse_double_backward(ctx)
         if grad_loss is None:
             return (None,) * n_bernoulli
         if ctx.compute_grad:
             grad = _scaled(ctx.saved_tensors[0], (slice(None), grad_loss))
         else:
-            grad = overload("bernoulli_grad", backend)(grad_loss, *_saved_arguments(ctx))
-        return (grad, *(None,) * (n_bernoulli - 1))
+            with torch.no_grad():
+                grad = overload("bernoulli_grad", backend)(grad_loss, *_saved_arguments(ctx))
+        return (_once(grad), *(None,) * (n_bernoulli - 1))
 
     def softmax_backward(
         ctx: Any, grad_classes: Tensor | None, grad_objectness: Tensor | None, grad_grad: Tensor | None
     ) -> Any:
-        if grad_grad is not None:
-            _refuse_double_backward(ctx)
         some = grad_classes if grad_classes is not None else grad_objectness
         if some is None:
             return (None,) * n_softmax
@@ -190,16 +204,18 @@ def _register_autograd(backend: str) -> None:
                 parts.append((slice(split, None), upstream[1]))
             grad = _scaled(grad, *parts)
         else:
-            grad = overload("softmax_grad", backend)(*upstream, *_saved_arguments(ctx))
-        return (grad, *(None,) * (n_softmax - 1))
+            with torch.no_grad():
+                grad = overload("softmax_grad", backend)(*upstream, *_saved_arguments(ctx))
+        return (_once(grad), *(None,) * (n_softmax - 1))
 
     def setup_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _setup_loss(ctx, inputs, output)
         ctx.objectness = inputs[9]
 
     def activation_backward(ctx: Any, grad_output: Tensor) -> Any:
-        grad = overload("gumbel_activation_grad", backend)(grad_output, *ctx.saved_tensors, *ctx.clip)
-        return grad, None, None, None
+        with torch.no_grad():
+            grad = overload("gumbel_activation_grad", backend)(grad_output, *ctx.saved_tensors, *ctx.clip)
+        return _once(grad), None, None, None
 
     def setup_activation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
@@ -214,7 +230,7 @@ def _register_autograd(backend: str) -> None:
     register("softmax_loss", softmax_backward, setup_softmax)
     register("gumbel_activation", activation_backward, setup_activation)
     for op in ("bernoulli_grad", "softmax_grad", "gumbel_activation_grad"):
-        register(op, _refuse_double_backward)
+        register(op, _Once.backward)
 
 
 def _define() -> None:

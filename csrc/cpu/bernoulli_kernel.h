@@ -20,7 +20,7 @@ constexpr int kLogEvery = 64;
 // sum of linear - log2(factor) over the negatives of a row.
 template <class V> class RowSum {
 public:
-  GOL_FN RowSum() : linear_(0.0), product_(1.0), log_(0.0), pending_(0) {}
+  GOL_FN RowSum() : linear_(0.0), product_(1.0), total_(0), pending_(0) {}
   // How many vectors may be added before flush().
   GOL_FN int64_t room() const { return kLogEvery - pending_; }
   GOL_FN void add(const NegativeTerm<V>& t) {
@@ -33,16 +33,18 @@ public:
   }
   GOL_FN double total() {
     flush();
-    return Lanes<V>::sum(linear_) - Lanes<V>::sum(log_);
+    return total_;
   }
 
 private:
   GOL_FN void flush() {
-    log_ = log_ + log2(product_);
+    total_ += Lanes<V>::sum(linear_ - log2(product_));
+    linear_ = V(0.0);
     product_ = V(1.0);
     pending_ = 0;
   }
-  V linear_, product_, log_;
+  V linear_, product_;
+  double total_;
   int64_t pending_;
 };
 

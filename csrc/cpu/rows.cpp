@@ -43,6 +43,8 @@ Rows prepare_rows(const RowArguments& a) {
   const int64_t n = a.logits.size(0);
   TORCH_CHECK_VALUE(a.labels.dim() == 1 && a.labels.size(0) == n, a.op, ": labels must be [", n,
                     "] like the rows of logits, got ", a.labels.sizes());
+  TORCH_CHECK_VALUE(a.num_classes >= 0 && a.num_classes <= a.logits.size(1), a.op, ": num_classes must lie in [0, ",
+                    a.logits.size(1), "], the columns of logits, got ", a.num_classes);
   Rows rows{a.logits.stride(1) == 1 || a.logits.size(1) == 1 ? a.logits : a.logits.contiguous(),
             checked_labels(a.op, a.labels, a.num_classes, a.ignore_index, a.validate),
             std::vector<double>(n), dtype};

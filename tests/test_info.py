@@ -1,0 +1,116 @@
+"""The report of `python -m gol_kernels.info` says what this machine and this build are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import gol_kernels
+from gol_kernels import backends, info
+
+MISSING = {"extension": False, "reason": "it was left out on purpose", "cuda": False, "cuda_archs": ""}
+BUILT = {
+    "extension": True,
+    "reason": None,
+    "cuda": True,
+    "cuda_archs": "9.0+PTX",
+    "compiler": "gcc 12.2.0",
+    "openmp": True,
+    "cpu_capability": "avx2",
+    "file": "_C.so",
+}
+
+
+def section(text: str, title: str) -> list[str]:
+    """The indented lines below a title."""
+    lines = text.split("\n")
+    below = lines[lines.index(title) + 1 :]
+    end = next((i for i, line in enumerate(below) if not line.startswith("  ")), len(below))
+    return below[:end]
+
+
+def test_the_command_prints_the_report_of_this_machine() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gol_kernels.info", "--json"], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    facts = json.loads(done.stdout)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["cuda"] == torch.version.cuda
+    assert facts["versions"]["gol_kernels"] == gol_kernels.__version__
+    assert facts["machine"]["cpus"] == os.cpu_count()
+    assert facts["build"] == gol_kernels.build_info()
+    assert facts["backends"] == backends.status()
+    assert tuple(facts["ops"]) == backends.OPS
+    for op, devices in facts["ops"].items():
+        assert set(devices) == ({"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"})
+        for device, choice in devices.items():
+            assert (choice["backend"], choice["reason"]) == backends.choose(op, device)
+            assert backends.status()[choice["backend"]] is None
+
+
+def test_text_names_the_reasons(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gol_kernels, "build_info", lambda: MISSING)
+    monkeypatch.setattr(backends, "status", lambda: {"native": MISSING["reason"], "reference": None})
+    monkeypatch.setattr(backends, "OPS", ("bernoulli_loss", "label_counts"))
+    monkeypatch.setattr(backends, "choose", lambda op, device: ("reference", f"no {op} on {device}"))
+    monkeypatch.setattr(info, "_gpus", lambda: ["NVIDIA H200, sm_90, 140 GiB"])
+    monkeypatch.setattr(info, "_triton", lambda: None)
+    monkeypatch.setattr(info, "_driver", lambda: "580.1")
+    assert info.main([]) == 0
+    text = capsys.readouterr().out
+    versions = dict(line.split(None, 1) for line in section(text, "Versions"))
+    assert versions["triton"] == "not installed"
+    assert versions["driver"] == "580.1"
+    assert versions["GPU"] == "NVIDIA H200, sm_90, 140 GiB"
+    assert "it was left out on purpose" in section(text, "Build")[0]
+    assert "pip install --no-build-isolation" in section(text, "Build")[1]
+    assert [line.split(None, 1) for line in section(text, "Backends")] == [
+        ["native", "it was left out on purpose"],
+        ["reference", "usable"],
+    ]
+    assert [line.split(None, 3) for line in section(text, "Ops")] == [
+        ["op", "device", "backend", "why"],
+        ["bernoulli_loss", "cpu", "reference", "no bernoulli_loss on cpu"],
+        ["bernoulli_loss", "cuda", "reference", "no bernoulli_loss on cuda"],
+        ["label_counts", "cpu", "reference", "no label_counts on cpu"],
+        ["label_counts", "cuda", "reference", "no label_counts on cuda"],
+    ]
+
+
+def test_text_names_what_was_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gol_kernels, "build_info", lambda: BUILT)
+    info.main([])
+    assert section(capsys.readouterr().out, "Build") == [
+        "  extension     _C.so, gcc 12.2.0",
+        "  CPU kernels   avx2, with OpenMP",
+        "  CUDA kernels  for 9.0+PTX",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (lambda: SimpleNamespace(stdout="580.95.05\n580.95.05\n"), "580.95.05"),
+        (lambda: SimpleNamespace(stdout=""), None),
+        (lambda: (_ for _ in ()).throw(subprocess.CalledProcessError(9, "nvidia-smi")), None),
+    ],
+    ids=["two-gpus", "silent", "broken"],
+)
+def test_the_driver_is_asked_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch, answer, expected) -> None:
+    monkeypatch.setattr(info.shutil, "which", lambda tool: f"/bin/{tool}")
+    monkeypatch.setattr(info.subprocess, "run", lambda *args, **kwargs: answer())
+    assert info._driver() == expected
+
+
+def test_no_nvidia_smi_means_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info.shutil, "which", lambda tool: None)
+    assert info._driver() is None
