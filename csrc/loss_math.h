@@ -31,8 +31,8 @@ struct LinkOptions {
 
 // The slope to report for a logit outside [clip_min, clip_max], and how the slope is formed.
 enum class GumbelSlope {
-  kZeroOutside,     // exact inside, 0 outside, as torch.clamp sends it back
-  kStraightThrough, // exact inside, the slope at the clip's edge outside
+  kZeroOutside,      // exact inside, 0 outside, as torch.clamp sends it back
+  kStraightThrough,  // exact inside, the slope at the clip's edge outside
   // What autograd makes of p followed by binary_cross_entropy, the released code of GOL: 0
   // outside, and min(1, p(1-p)/1e-12) times the exact slope inside. Positives die below z = -3.32.
   kReleased,
@@ -56,16 +56,16 @@ GOL_FN float fma(float a, float b, float c) {
 #endif
 }
 GOL_FN double fma(double a, double b, double c) { return a * b + c; }
-#define GOL_SCALAR_NUMBER(T)                                                                     \
-  GOL_FN T vmin(T a, T b) { return b < a ? b : a; } /* NaN in a stays */                         \
-  GOL_FN T vmax(T a, T b) { return b > a ? b : a; } /* NaN in a stays */                         \
-  GOL_FN T exp2(T x) { return std::exp2(x); }                                                    \
-  GOL_FN T exp(T x) { return std::exp(x); }                                                      \
-  GOL_FN T log2(T x) { return std::log2(x); }                                                    \
-  GOL_FN T reciprocal(T x) { return T(1) / x; }                                                  \
-  GOL_FN T divide(T a, T b, T) { return a / b; }                                                 \
-  GOL_FN bool less(T a, T b) { return a < b; }                                                   \
-  GOL_FN bool differs(T a, T b) { return a < b || a > b; }                                       \
+#define GOL_SCALAR_NUMBER(T)                                             \
+  GOL_FN T vmin(T a, T b) { return b < a ? b : a; } /* NaN in a stays */ \
+  GOL_FN T vmax(T a, T b) { return b > a ? b : a; } /* NaN in a stays */ \
+  GOL_FN T exp2(T x) { return std::exp2(x); }                            \
+  GOL_FN T exp(T x) { return std::exp(x); }                              \
+  GOL_FN T log2(T x) { return std::log2(x); }                            \
+  GOL_FN T reciprocal(T x) { return T(1) / x; }                          \
+  GOL_FN T divide(T a, T b, T) { return a / b; }                         \
+  GOL_FN bool less(T a, T b) { return a < b; }                           \
+  GOL_FN bool differs(T a, T b) { return a < b || a > b; }               \
   GOL_FN T select(bool m, T a, T b) { return m ? a : b; }
 GOL_SCALAR_NUMBER(float)
 GOL_SCALAR_NUMBER(double)
@@ -79,9 +79,7 @@ template <class V> GOL_FN V one_minus_exp2_over(V x) {
   p = fma(p, x, V(-2.402256428e-1));
   return fma(p, x, V(6.931471717e-1));
 }
-GOL_FN double one_minus_exp2_over(double x) {
-  return x > 0 ? -std::expm1(-x * kLn2) / x : kLn2;
-}
+GOL_FN double one_minus_exp2_over(double x) { return x > 0 ? -std::expm1(-x * kLn2) / x : kLn2; }
 
 // --- what a link has to say about one logit ---------------------------------------------------
 // A negative (t = 0). Its logarithm can wait: the factors of many elements are multiplied first
@@ -112,8 +110,8 @@ template <class V, GumbelSlope kSlope> struct GumbelLink {
   GOL_FN NegativeTerm<V> negative(V z) const {
     const V zc = vmax(vmin(z, clip_max), clip_min);
     const V log2_e2 = fma(zc, rate, V(kLog2Log2E));
-    const V e2 = exp2(log2_e2);      // e in base 2: e * log2(e)
-    const V p = exp2(V(0.0) - e2);   // exp(-e)
+    const V e2 = exp2(log2_e2);     // e in base 2: e * log2(e)
+    const V p = exp2(V(0.0) - e2);  // exp(-e)
     const auto small = less(e2, V(0.5));
     const V q = V(1.0) - p;
     // 1 - p = e2 * series for a small e, which then cancels in slope = p * e2 / (1 - p).
@@ -136,7 +134,7 @@ template <class V, GumbelSlope kSlope> struct GumbelLink {
     return {e2 * V(kLn2), outside(z, zc, slope)};
   }
 
-private:
+ private:
   static GOL_FN V released(V p, V q) { return vmin(p * q * V(1.0 / kBceFloor), V(1.0)); }
   static GOL_FN V outside(V z, V zc, V slope) {
     return kSlope == GumbelSlope::kStraightThrough ? slope : select(differs(z, zc), V(0.0), slope);
@@ -151,7 +149,7 @@ template <class V> struct SigmoidLink {
 
   GOL_FN NegativeTerm<V> negative(V z) const {
     const V magnitude = vmax(z, V(0.0) - z);
-    const V w = exp(V(0.0) - magnitude);   // never overflows
+    const V w = exp(V(0.0) - magnitude);  // never overflows
     const V s = V(1.0) + w;
     const auto is_negative = less(z, V(0.0));
     // p = w/(1+w) or 1/(1+w), with what the sum 1 + w rounded away.
@@ -196,8 +194,7 @@ template <class U> struct Philox4 {
   U word[4];
 };
 
-template <class U>
-GOL_FN Philox4<U> philox4x32_10(U c0, uint32_t c1, uint64_t c23, uint64_t key) {
+template <class U> GOL_FN Philox4<U> philox4x32_10(U c0, uint32_t c1, uint64_t c23, uint64_t key) {
   U x0 = c0, x1 = U(c1), x2 = U(static_cast<uint32_t>(c23)), x3 = U(static_cast<uint32_t>(c23 >> 32));
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -214,5 +211,5 @@ GOL_FN Philox4<U> philox4x32_10(U c0, uint32_t c1, uint64_t c23, uint64_t key) {
   return {{x0, x1, x2, x3}};
 }
 
-}  // inline namespace GOL_ISA
+}  // namespace GOL_ISA
 }  // namespace gol

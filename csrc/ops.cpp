@@ -43,8 +43,9 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "What this extension was built with.");
-  m.def("cpu_capability", [] { return std::string(gol::cpu::kernels().name); },
-        "The instruction set of the CPU kernels in use: generic, avx2 or avx512.");
+  m.def(
+      "cpu_capability", [] { return std::string(gol::cpu::kernels().name); },
+      "The instruction set of the CPU kernels in use: generic, avx2 or avx512.");
   m.def("set_cpu_capability", &gol::cpu::set_capability,
         "Chooses the CPU kernels; ValueError for a set that this machine cannot run.");
 }

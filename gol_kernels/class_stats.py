@@ -72,7 +72,9 @@ class ClassStats(nn.Module):
             return torch.zeros(self.num_classes, dtype=torch.int64)
         counts = torch.as_tensor(values).to(torch.int64).clone()
         if tuple(counts.shape) != (self.num_classes,) or bool((counts < 0).any()):
-            raise ValueError(f"{name} must be [{self.num_classes}] and not negative, got {list(counts.shape)}")
+            raise ValueError(
+                f"{name} must be [{self.num_classes}] and not negative, got {list(counts.shape)}"
+            )
         return counts
 
     @classmethod

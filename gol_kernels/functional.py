@@ -176,9 +176,7 @@ def softmax_loss(
 ) -> Tensor:
     """Softmax cross-entropy over all K columns of logits [N, K]; arguments as in ``gumbel_loss``."""
     num_classes = logits.shape[-1] - 1
-    common = _common(
-        logits, labels, row_weights, avg_factor, reduction, ignore_index, validate, num_classes
-    )
+    common = _common(logits, labels, row_weights, avg_factor, reduction, ignore_index, validate, num_classes)
     op = overload("softmax_loss", _backend("softmax_loss", logits, backend))
     return op(*common.tensors, None, "none", 0.0, 0.0, 1.0, False, *common.options)[0]
 
@@ -229,9 +227,7 @@ def seesaw_loss(
         raise ValueError(f"eps must lie in (0, 1], got {eps}")
     objectness = counts in (k - 1, k - 2)
     num_classes = k - 2 if objectness else k - 1
-    common = _common(
-        logits, labels, row_weights, avg_factor, reduction, ignore_index, validate, num_classes
-    )
+    common = _common(logits, labels, row_weights, avg_factor, reduction, ignore_index, validate, num_classes)
     op = overload("softmax_loss", _backend("softmax_loss", logits, backend))
     classes, background, _ = op(
         *common.tensors, class_counts, "seesaw", p, q, eps, objectness, *common.options
@@ -277,9 +273,7 @@ def _bernoulli(
 ) -> Tensor:
     k = logits.shape[-1]
     num_classes = k - 1 if reweight is None else k
-    common = _common(
-        logits, labels, row_weights, avg_factor, reduction, ignore_index, validate, num_classes
-    )
+    common = _common(logits, labels, row_weights, avg_factor, reduction, ignore_index, validate, num_classes)
     kind, rare, rng = "none", None, None
     if reweight is not None:
         kind, rare = "eql", reweight.rare
@@ -346,9 +340,7 @@ def _common(
     return _Common((logits, labels, row_weights, factor), options)
 
 
-def _denominator(
-    avg_factor: float | Tensor | None, reduction: str
-) -> tuple[Tensor | None, str, float]:
+def _denominator(avg_factor: float | Tensor | None, reduction: str) -> tuple[Tensor | None, str, float]:
     """(avg_factor tensor, reduction, scale) of the op: a number becomes a scale of the sum."""
     if avg_factor is None:
         return None, reduction, 1.0

@@ -1,12 +1,14 @@
 """The losses as modules: each knows how many logits it needs, how to score them and how to start.
 
-    loss = SeesawLoss(num_classes=1203)
-    classifier = loss.init_classifier_(nn.Linear(1024, loss.num_logits))
-    total = loss(classifier(features), labels)          # training
-    scores = loss.activation(classifier(features))      # inference: [N, C]
+loss = SeesawLoss(num_classes=1203)
+classifier = loss.init_classifier_(nn.Linear(1024, loss.num_logits))
+total = loss(classifier(features), labels)          # training
+scores = loss.activation(classifier(features))      # inference: [N, C]
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +87,7 @@ class LongTailLoss(nn.Module):
     ) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def _common(self) -> dict[str, object]:
+    def _common(self) -> dict[str, Any]:
         return {"ignore_index": self.ignore_index, "validate": self.validate}
 
     def _check_logits(self, logits: Tensor) -> None:
@@ -108,11 +110,11 @@ def _init(classifier: nn.Module, bias: float, *, weight: float | None = None) ->
     A cosine classifier always takes the normal: a constant gives all classes one direction.
     """
     if weight is None or isinstance(classifier, NormedLinear):
-        nn.init.normal_(classifier.weight, std=0.01)
+        nn.init.normal_(classifier.get_parameter("weight"), std=0.01)
     else:
-        nn.init.constant_(classifier.weight, weight)
-    if classifier.bias is not None:
-        nn.init.constant_(classifier.bias, bias)
+        nn.init.constant_(classifier.get_parameter("weight"), weight)
+    if getattr(classifier, "bias", None) is not None:
+        nn.init.constant_(classifier.get_parameter("bias"), bias)
     return classifier
 
 
@@ -160,7 +162,7 @@ class BernoulliLoss(LongTailLoss):
             raise ValueError(f"link must be one of {LINKS}, got {link!r}")
         self.link = link
         self.temperature = temperature
-        self.gumbel_options = {
+        self.gumbel_options: dict[str, Any] = {
             "temperature": temperature,
             "clip": clip,
             "outside": outside,
@@ -174,16 +176,16 @@ class BernoulliLoss(LongTailLoss):
     def _parts(
         self, logits: Tensor, labels: Tensor, row_weights: Tensor | None, avg_factor: float | Tensor | None
     ) -> dict[str, Tensor]:
-        shared = {
+        shared: dict[str, Any] = {
             "reweight": self._reweight(),
             "row_weights": row_weights,
             "avg_factor": avg_factor,
             **self._common(),
         }
         if self.link == "gumbel":
-            loss = functional.gumbel_loss(logits, labels, **shared, **self.gumbel_options)  # type: ignore[arg-type]
+            loss = functional.gumbel_loss(logits, labels, **shared, **self.gumbel_options)
         else:
-            loss = functional.sigmoid_loss(logits, labels, **shared)  # type: ignore[arg-type]
+            loss = functional.sigmoid_loss(logits, labels, **shared)
         return {"classes": loss}
 
     def activation(self, logits: Tensor) -> Tensor:
@@ -341,7 +343,7 @@ class SeesawLoss(LongTailLoss):
             eps=self.eps,
             row_weights=row_weights,
             avg_factor=avg_factor,
-            **self._common(),  # type: ignore[arg-type]
+            **self._common(),
         )
         return {"classes": classes, "objectness": objectness}
 

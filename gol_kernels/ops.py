@@ -9,6 +9,7 @@ the ``*_grad`` op, which scales in float32 before it rounds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ _BERNOULLI = (
     f"float clip_max, str slope, str reweight, {_ROW_OPTIONS}"
 )
 _SOFTMAX = (
-    f"{_ROWS}, Tensor? class_counts, str reweight, float p, float q, float eps, bool objectness, {_ROW_OPTIONS}"
+    f"{_ROWS}, Tensor? class_counts, str reweight, float p, float q, float eps, "
+    f"bool objectness, {_ROW_OPTIONS}"
 )
 _CLIP = "float temperature, float clip_min, float clip_max"
 
@@ -91,7 +93,7 @@ def _fake_label_counts(labels: Tensor, num_classes: int, ignore_index: int, vali
     return labels.new_empty((num_classes + 1,), dtype=torch.int64)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "bernoulli_loss": _fake_bernoulli_loss,
     "bernoulli_grad": _fake_bernoulli_grad,
     "softmax_loss": _fake_softmax_loss,

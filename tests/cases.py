@@ -62,9 +62,7 @@ def _eql(link: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _drop(link: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda z, y, **common: link(
-        z, y, reweight=gk.Drop(rare_mask(z.shape[1]), generator()), **common
-    )
+    return lambda z, y, **common: link(z, y, reweight=gk.Drop(rare_mask(z.shape[1]), generator()), **common)
 
 
 CASES = [

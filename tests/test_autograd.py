@@ -1,4 +1,4 @@
-"""What autograd may ask of a loss: any upstream gradient, twice, from several losses, never of second order."""
+"""What autograd may ask of a loss: any upstream gradient, twice, several losses; not a second order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import gol_kernels as gk
 from tests.cases import BY_NAME, CASES, Case, loss_and_grad
 
 CASE = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-SOME = pytest.mark.parametrize("case", [BY_NAME[n] for n in ("gumbel", "gol", "seesaw")], ids=lambda c: c.name)
+SOME = pytest.mark.parametrize(
+    "case", [BY_NAME[n] for n in ("gumbel", "gol", "seesaw")], ids=lambda c: c.name
+)
 
 
 @CASE
@@ -74,7 +76,9 @@ def test_retained_graph(backend: str, case: Case, scale: float) -> None:
 def test_two_losses_on_the_same_logits(backend: str) -> None:
     logits, labels = BY_NAME["gumbel"].inputs(7, 33)
     leaf = logits.clone().requires_grad_(True)
-    (gk.gumbel_loss(leaf, labels, backend=backend) + 2 * gk.softmax_loss(leaf, labels, backend=backend)).backward()
+    (
+        gk.gumbel_loss(leaf, labels, backend=backend) + 2 * gk.softmax_loss(leaf, labels, backend=backend)
+    ).backward()
     _, first = loss_and_grad(lambda z: gk.gumbel_loss(z, labels, backend=backend), logits)
     _, second = loss_and_grad(lambda z: gk.softmax_loss(z, labels, backend=backend), logits)
     torch.testing.assert_close(leaf.grad, first + 2 * second, rtol=1e-6, atol=1e-9)

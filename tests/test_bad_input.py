@@ -65,7 +65,9 @@ def test_gumbel_options(options, message) -> None:
 
 
 def test_seesaw_counts() -> None:
-    with pytest.raises(ValueError, match=r"need class_counts \[C\] or \[C\+1\], got K=6 and class_counts \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"need class_counts \[C\] or \[C\+1\], got K=6 and class_counts \[3\]"
+    ):
         gk.seesaw_loss(Z, Y, torch.ones(3))
     with pytest.raises(ValueError, match="eps must lie"):
         gk.seesaw_loss(Z, Y, torch.ones(4), eps=0.0)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.cases import loss_and_grad, rare_mask, relative_l2
 
 import gol_kernels as gk
 from gol_kernels import released
+from tests.cases import loss_and_grad, rare_mask, relative_l2
 
 
 def _positive_slope(z: float, backend: str, **options: object) -> float:
     _, grad = loss_and_grad(
-        lambda x: gk.gumbel_loss(x, torch.tensor([0]), reduction="sum", max_loss=None, backend=backend, **options),
+        lambda x: gk.gumbel_loss(
+            x, torch.tensor([0]), reduction="sum", max_loss=None, backend=backend, **options
+        ),
         torch.tensor([[z]], dtype=torch.float64),
     )
     return grad.item()
@@ -52,9 +54,7 @@ def test_reproduces_released_gumbel(backend: str, spread: float) -> None:
         return released.gumbel_ce(z, labels, weights, avg_factor=40.0)
 
     def ours(z: torch.Tensor) -> torch.Tensor:
-        return gk.gumbel_loss(
-            z, labels, row_weights=weights, avg_factor=40.0, compat="gol", backend=backend
-        )
+        return gk.gumbel_loss(z, labels, row_weights=weights, avg_factor=40.0, compat="gol", backend=backend)
 
     (expected_loss, expected), (loss, grad) = loss_and_grad(eager, logits), loss_and_grad(ours, logits)
     assert expected_loss < 20

@@ -106,7 +106,9 @@ def test_forward_and_backward_drop_the_same(backend: str) -> None:
         logits = torch.zeros(20, 200, dtype=dtype)
         reweight = gk.Drop(rare, torch.Generator().manual_seed(6))
         grads.append(
-            loss_and_grad(lambda z, r=reweight: gk.sigmoid_loss(z, labels, reweight=r, backend=backend), logits)[1]
+            loss_and_grad(
+                lambda z, r=reweight: gk.sigmoid_loss(z, labels, reweight=r, backend=backend), logits
+            )[1]
         )
     assert torch.equal(grads[0] != 0, grads[1] != 0)
 

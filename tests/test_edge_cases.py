@@ -14,7 +14,9 @@ CASE = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 INF, NAN = math.inf, math.nan
 
 
-def _assert_zero_and_attached(case: Case, logits: torch.Tensor, labels: torch.Tensor, **common: object) -> None:
+def _assert_zero_and_attached(
+    case: Case, logits: torch.Tensor, labels: torch.Tensor, **common: object
+) -> None:
     leaf = logits.clone().requires_grad_(True)
     loss = case.loss(leaf, labels, **common)
     assert loss.requires_grad
@@ -203,7 +205,9 @@ def test_seesaw_falls_back_when_mitigation_takes_everything(backend: str) -> Non
 def test_rows_wider_than_a_page(native_backend: str) -> None:
     case = BY_NAME["seesaw"]
     logits, labels = case.inputs(2, 21841)
-    expected, expected_grad = loss_and_grad(lambda z: case.loss(z, labels, backend="reference"), logits.double())
+    expected, expected_grad = loss_and_grad(
+        lambda z: case.loss(z, labels, backend="reference"), logits.double()
+    )
     loss, grad = loss_and_grad(lambda z: case.loss(z, labels, backend=native_backend), logits)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     assert relative_l2(grad, expected_grad) < 2e-7

@@ -43,7 +43,9 @@ def test_gumbel_elements(backend: str, z: float, positive: float, negative: floa
     torch.testing.assert_close(grad, _f64([[-positive]]), **CLOSE)
     rare = torch.tensor([False])
     loss, grad = _loss_and_grad(
-        lambda x: gk.gumbel_loss(x, torch.tensor([1]), reweight=gk.EQL(rare), reduction="none", backend=backend),
+        lambda x: gk.gumbel_loss(
+            x, torch.tensor([1]), reweight=gk.EQL(rare), reduction="none", backend=backend
+        ),
         _f64([[z]]),
     )
     torch.testing.assert_close(loss, _f64([negative]), **CLOSE)
@@ -64,9 +66,7 @@ def test_eql(backend: str) -> None:
     frequency = _f64([0.01, 0.0005])
     logits, labels = _f64([[0, 1], [-1, 0.5], [0.2, -0.3]]), torch.tensor([0, 1, 2])
     rare = gk.EQL(frequency < 0.0011)
-    loss, grad = _loss_and_grad(
-        lambda x: gk.gumbel_loss(x, labels, reweight=rare, backend=backend), logits
-    )
+    loss, grad = _loss_and_grad(lambda x: gk.gumbel_loss(x, labels, reweight=rare, backend=backend), logits)
     torch.testing.assert_close(loss, _f64(0.852171601655864), **CLOSE)
     assert grad[0, 1] == 0
     loss = gk.sigmoid_loss(logits, labels, reweight=rare, backend=backend)

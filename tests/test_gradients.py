@@ -6,9 +6,9 @@ from itertools import product
 
 import pytest
 import torch
-from tests.cases import BY_NAME, CASES, Case, loss_and_grad, relative_l2, truth
 
 import gol_kernels as gk
+from tests.cases import BY_NAME, CASES, Case, loss_and_grad, relative_l2, truth
 
 CASE = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 

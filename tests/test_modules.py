@@ -188,7 +188,12 @@ def test_label_counts(backend: str) -> None:
     assert counts.tolist() == [1, 0, 2, 3]
     with pytest.raises(ValueError, match="got 4 in row 1"):
         gk.label_counts(torch.tensor([0, 4]), 3, backend=backend)
-    assert gk.label_counts(torch.tensor([0, 4, -7]), 3, validate=False, backend=backend).tolist() == [1, 0, 0, 0]
+    assert gk.label_counts(torch.tensor([0, 4, -7]), 3, validate=False, backend=backend).tolist() == [
+        1,
+        0,
+        0,
+        0,
+    ]
 
 
 # --- cosine layers ----------------------------------------------------------------------------------

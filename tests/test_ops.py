@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from gol_kernels import backends
 from gol_kernels.ops import OPS, SCHEMAS, overload
 from tests.cases import counts, rare_mask
 
+ROOT = Path(__file__).parents[1]
 BACKENDS = gk.available_backends()
 C = 11
 
@@ -47,9 +50,7 @@ def _samples(op: str, dtype: torch.dtype) -> list[tuple[object, ...]]:
         "bernoulli_loss": [(*s, s[-3] == "mean") for s in bernoulli],
         "bernoulli_grad": [(g, *s) for g, s in zip(each, bernoulli, strict=True)],
         "softmax_loss": [(*s, s[-3] == "mean") for s in softmax],
-        "softmax_grad": [
-            (g, g * 2, *s) for g, s in zip((each[0], each[2], each[1]), softmax, strict=True)
-        ],
+        "softmax_grad": [(g, g * 2, *s) for g, s in zip((each[0], each[2], each[1]), softmax, strict=True)],
         "gumbel_activation": [(logits(C), *clip)],
         "gumbel_activation_grad": [(torch.randn(6, C, dtype=dtype), logits(C), *clip)],
         "label_counts": [(labels, C, -100, True)],
@@ -115,7 +116,9 @@ def test_compile_equals_eager(index: int, dtype: torch.dtype) -> None:
             torch.testing.assert_close(compiled_grad[foreground], grad[foreground], rtol=1e-5, atol=1e-7)
             continue
         torch.testing.assert_close(compiled_loss, loss, rtol=1e-6, atol=0)
-        torch.testing.assert_close(compiled_grad, grad, rtol=2e-3 if dtype == torch.float16 else 1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            compiled_grad, grad, rtol=2e-3 if dtype == torch.float16 else 1e-6, atol=1e-7
+        )
     for name, value in results[0][1].items():
         assert torch.equal(value, results[1][1][name]), name
 
@@ -167,3 +170,26 @@ except RuntimeError as error:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "ok", done.stderr
+
+
+def test_choosing_the_instruction_set() -> None:
+    if "native" not in BACKENDS:
+        pytest.skip("the native backend is not available")
+    extension = backends.native.extension()
+    with pytest.raises(ValueError, match="cannot run the CPU kernels for 'sse9'"):
+        extension.set_cpu_capability("sse9")
+    assert extension.cpu_capability() in ("generic", "avx2", "avx512")
+
+
+@pytest.mark.parametrize("name", ["avx2", "avx512"])
+def test_no_inline_function_escapes_its_instruction_set(name: str) -> None:
+    """What the linker may merge must not be compiled for more than every processor has."""
+    objects = list(ROOT.glob(f"build/temp.*/csrc/cpu/kernels_{name}.o"))
+    if not objects or shutil.which("nm") is None:
+        pytest.skip("no object files or no nm here")
+    listed = subprocess.run(
+        ["nm", "-C", "--defined-only", objects[0]], capture_output=True, text=True, check=True
+    )
+    mergeable = [line.split(" ", 2)[2] for line in listed.stdout.splitlines() if line.split(" ")[1] in "WVuw"]
+    assert mergeable
+    assert [symbol for symbol in mergeable if f"gol::{name}::" not in symbol] == []

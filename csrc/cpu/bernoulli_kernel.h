@@ -19,7 +19,7 @@ constexpr int kLogEvery = 64;
 
 // sum of linear - log2(factor) over the negatives of a row.
 template <class V> class RowSum {
-public:
+ public:
   GOL_FN RowSum() : linear_(0.0), product_(1.0), total_(0), pending_(0) {}
   // How many vectors may be added before flush().
   GOL_FN int64_t room() const { return kLogEvery - pending_; }
@@ -36,7 +36,7 @@ public:
     return total_;
   }
 
-private:
+ private:
   GOL_FN void flush() {
     total_ += Lanes<V>::sum(linear_ - log2(product_));
     linear_ = V(0.0);
@@ -51,8 +51,8 @@ private:
 // Negatives z[0..count); the gradient is scale * slope. dropped has one bit for each column, and
 // the stretch begins at column first_column. kMasked = false ignores it.
 template <class V, bool kGrad, bool kMasked, class T, class Link>
-GOL_FN void negatives(const Link& link, const T* z, T* grad, int64_t count, V scale,
-                      const uint64_t* dropped, int64_t first_column, RowSum<V>* sum) {
+GOL_FN void negatives(const Link& link, const T* z, T* grad, int64_t count, V scale, const uint64_t* dropped,
+                      int64_t first_column, RowSum<V>* sum) {
   using L = Lanes<V>;
   constexpr int W = L::width;
   const auto* bits = reinterpret_cast<const unsigned char*>(dropped);
@@ -104,15 +104,14 @@ GOL_FN void draw_dropped(const cpu::BernoulliArgs& a, int64_t row, uint64_t* dro
   for (int64_t w = 0; w < words + 2; ++w) dropped[w] = 0;
   if (a.keep_limit >= 0x10000) return;  // every draw is below: nothing is dropped
   for (int64_t group = 0; group * 8 < a.num_columns; group += kLanes) {
-    const auto draws = philox4x32_10(Words::iota(static_cast<uint32_t>(group)),
-                                     static_cast<uint32_t>(row), a.offset, a.seed);
+    const auto draws = philox4x32_10(Words::iota(static_cast<uint32_t>(group)), static_cast<uint32_t>(row),
+                                     a.offset, a.seed);
     uint32_t halves[4];
     for (int k = 0; k < 4; ++k)
       halves[k] = Words::halves_from(draws.word[k], static_cast<uint16_t>(a.keep_limit));
     for (int part = 0; part * 8 < kLanes; ++part) {  // eight lanes fill one word of 64 columns
       uint64_t bits = 0;
-      for (int k = 0; k < 4; ++k)
-        bits |= spread_pairs(halves[k] >> (16 * part) & 0xffff) << (2 * k);
+      for (int k = 0; k < 4; ++k) bits |= spread_pairs(halves[k] >> (16 * part) & 0xffff) << (2 * k);
       dropped[group / 8 + part] |= bits << (group % 8 * 8);
     }
   }
@@ -149,8 +148,7 @@ void bernoulli_rows(const cpu::BernoulliArgs& a, int64_t begin, int64_t end, uin
     const auto stretch = [&](int64_t from, int64_t to) {
       if (dropped == nullptr)
         negatives<V, kGrad, false>(link, z + from, grad + from, to - from, grad_scale, dropped, from, &sum);
-      else
-        negatives<V, kGrad, true>(link, z + from, grad + from, to - from, grad_scale, dropped, from, &sum);
+      else negatives<V, kGrad, true>(link, z + from, grad + from, to - from, grad_scale, dropped, from, &sum);
     };
     stretch(0, positive);
     if (positive < K) stretch(positive + 1, K);
@@ -170,14 +168,12 @@ template <class V> using GumbelReleased = GumbelLink<V, GumbelSlope::kReleased>;
 
 template <bool kGrad, class T>
 void bernoulli_for_link(const cpu::BernoulliArgs& a, int64_t begin, int64_t end, uint64_t* scratch) {
-  if (a.link == cpu::Link::kSigmoid)
-    bernoulli_rows<kGrad, T, SigmoidLink>(a, begin, end, scratch);
+  if (a.link == cpu::Link::kSigmoid) bernoulli_rows<kGrad, T, SigmoidLink>(a, begin, end, scratch);
   else if (a.gumbel_slope == GumbelSlope::kZeroOutside)
     bernoulli_rows<kGrad, T, GumbelZeroOutside>(a, begin, end, scratch);
   else if (a.gumbel_slope == GumbelSlope::kStraightThrough)
     bernoulli_rows<kGrad, T, GumbelStraightThrough>(a, begin, end, scratch);
-  else
-    bernoulli_rows<kGrad, T, GumbelReleased>(a, begin, end, scratch);
+  else bernoulli_rows<kGrad, T, GumbelReleased>(a, begin, end, scratch);
 }
 
 // Elementwise p = exp(-exp(-z/T)), or with grad_output its backward grad_output * p * e / T.
@@ -203,5 +199,5 @@ void gumbel_activation_range(const cpu::GumbelActivationArgs& a, int64_t begin, 
   }
 }
 
-}  // inline namespace GOL_ISA
+}  // namespace GOL_ISA
 }  // namespace gol

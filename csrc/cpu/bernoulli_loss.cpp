@@ -112,17 +112,16 @@ std::tuple<at::Tensor, at::Tensor> bernoulli_loss(
   const Rows rows = prepare_rows(a);
   at::Tensor grad = empty_grad(rows, compute_grad);
   const Options options{link, {temperature, clip_min, clip_max}, slope, reweight};
-  const auto row_loss =
-      run(a, rows, rows.scale, options, class_table, rng, compute_grad ? &grad : nullptr);
+  const auto row_loss = run(a, rows, rows.scale, options, class_table, rng, compute_grad ? &grad : nullptr);
   return {reduce_rows(rows, row_loss, reduction), grad};
 }
 
 at::Tensor bernoulli_grad(const at::Tensor& grad_loss, const at::Tensor& logits, const at::Tensor& labels,
                           const OptionalTensor& row_weights, const OptionalTensor& avg_factor,
-                          const OptionalTensor& class_table, const OptionalTensor& rng,
-                          c10::string_view link, double temperature, double clip_min, double clip_max,
-                          c10::string_view slope, c10::string_view reweight, int64_t num_classes,
-                          int64_t ignore_index, c10::string_view reduction, double scale, bool validate) {
+                          const OptionalTensor& class_table, const OptionalTensor& rng, c10::string_view link,
+                          double temperature, double clip_min, double clip_max, c10::string_view slope,
+                          c10::string_view reweight, int64_t num_classes, int64_t ignore_index,
+                          c10::string_view reduction, double scale, bool validate) {
   const RowArguments a{"bernoulli_grad", logits,       labels,    row_weights, avg_factor,
                        num_classes,      ignore_index, reduction, scale,       validate};
   const Rows rows = prepare_rows(a);
@@ -143,7 +142,8 @@ at::Tensor run_activation(const at::Tensor& logits, const at::Tensor* grad_outpu
     case at::kDouble: args.dtype = DType::kFloat64; break;
     case at::kBFloat16: args.dtype = DType::kBFloat16; break;
     case at::kHalf: args.dtype = DType::kFloat16; break;
-    default: TORCH_CHECK_TYPE(false, "gumbel_activation: floating-point logits expected, got ", z.scalar_type());
+    default:
+      TORCH_CHECK_TYPE(false, "gumbel_activation: floating-point logits expected, got ", z.scalar_type());
   }
   args.logits = z.const_data_ptr();
   args.grad_output = grad_output != nullptr ? upstream.const_data_ptr() : nullptr;
@@ -160,8 +160,8 @@ at::Tensor gumbel_activation(const at::Tensor& logits, double temperature, doubl
   return run_activation(logits, nullptr, {temperature, clip_min, clip_max});
 }
 
-at::Tensor gumbel_activation_grad(const at::Tensor& grad_output, const at::Tensor& logits,
-                                  double temperature, double clip_min, double clip_max) {
+at::Tensor gumbel_activation_grad(const at::Tensor& grad_output, const at::Tensor& logits, double temperature,
+                                  double clip_min, double clip_max) {
   return run_activation(logits, &grad_output, {temperature, clip_min, clip_max});
 }
 

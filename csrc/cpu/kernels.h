@@ -17,43 +17,43 @@ enum class Drop { kNone, kForeground, kForegroundAndSampledBackground };
 
 struct BernoulliArgs {
   DType dtype;
-  const void* logits;      // [N, K], rows row_stride elements apart
+  const void* logits;  // [N, K], rows row_stride elements apart
   int64_t row_stride;
-  void* grad;              // [N, K] contiguous, or null: the loss alone
-  int64_t num_columns;     // K
-  int64_t num_classes;     // C; label C is background. A label below K has a positive column
-  const int64_t* labels;   // [N]
-  const double* row_scale; // [N]; 0: the row does not exist, NaN: its loss and gradient are NaN
-  double* row_loss;        // [N], unscaled
+  void* grad;               // [N, K] contiguous, or null: the loss alone
+  int64_t num_columns;      // K
+  int64_t num_classes;      // C; label C is background. A label below K has a positive column
+  const int64_t* labels;    // [N]
+  const double* row_scale;  // [N]; 0: the row does not exist, NaN: its loss and gradient are NaN
+  double* row_loss;         // [N], unscaled
   Link link;
   GumbelSlope gumbel_slope;
   LinkOptions link_options;
   Drop drop;
-  const uint64_t* rare;    // bit c set: class c is rare; K bits and 64 bits of padding
-  uint32_t keep_limit;     // a background row keeps a rare class's negative when its draw is below
+  const uint64_t* rare;  // bit c set: class c is rare; K bits and 64 bits of padding
+  uint32_t keep_limit;   // a background row keeps a rare class's negative when its draw is below
   uint64_t seed, offset;
 };
 
 struct SoftmaxArgs {
   DType dtype;
-  const void* logits;      // [N, K]: num_classes softmax columns, then (object, background) if objectness
+  const void* logits;  // [N, K]: num_classes softmax columns, then (object, background) if objectness
   int64_t row_stride;
-  void* grad;              // [N, K] contiguous, or null
-  int64_t num_columns;     // K
-  int64_t num_softmax;     // columns of the softmax: K, or K - 2 with objectness
-  const int64_t* labels;   // [N]; a label >= num_softmax has no class term
-  const double* row_scale;       // [N], of the class term
-  const double* objectness_scale; // [N], of the objectness term
-  double* row_loss;        // [N], unscaled
-  double* row_objectness;  // [N], unscaled; null without objectness
-  const void* pln;         // Seesaw: p * log2(n) [num_softmax], float (double for kFloat64); null: plain softmax
+  void* grad;                      // [N, K] contiguous, or null
+  int64_t num_columns;             // K
+  int64_t num_softmax;             // columns of the softmax: K, or K - 2 with objectness
+  const int64_t* labels;           // [N]; a label >= num_softmax has no class term
+  const double* row_scale;         // [N], of the class term
+  const double* objectness_scale;  // [N], of the objectness term
+  double* row_loss;                // [N], unscaled
+  double* row_objectness;          // [N], unscaled; null without objectness
+  const void* pln;  // Seesaw: p * log2(n) [num_softmax], float (double for kFloat64); null: plain softmax
   double q, log2_eps;
 };
 
 struct GumbelActivationArgs {
   DType dtype;
-  const void* logits;        // [numel] contiguous
-  const void* grad_output;   // null: write p = exp(-exp(-z/T)); else grad_output * dp/dz
+  const void* logits;       // [numel] contiguous
+  const void* grad_output;  // null: write p = exp(-exp(-z/T)); else grad_output * dp/dz
   void* output;
   LinkOptions link_options;
 };
@@ -61,8 +61,8 @@ struct GumbelActivationArgs {
 // Rows [begin, end). scratch belongs to the calling thread.
 struct KernelTable {
   const char* name;
-  void (*bernoulli)(const BernoulliArgs&, int64_t begin, int64_t end, uint64_t* scratch); // K/64 + 3 words
-  void (*softmax)(const SoftmaxArgs&, int64_t begin, int64_t end, double* scratch);       // K doubles
+  void (*bernoulli)(const BernoulliArgs&, int64_t begin, int64_t end, uint64_t* scratch);  // K/64 + 3 words
+  void (*softmax)(const SoftmaxArgs&, int64_t begin, int64_t end, double* scratch);        // K doubles
   void (*gumbel_activation)(const GumbelActivationArgs&, int64_t begin, int64_t end);
 };
 

@@ -11,7 +11,8 @@
 #include <type_traits>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
@@ -30,7 +31,8 @@
 
 namespace gol {
 namespace cpu {
-const KernelTable kAvx512Kernels = {"avx512", GOL_ISA::bernoulli, GOL_ISA::softmax, GOL_ISA::gumbel_activation};
+const KernelTable kAvx512Kernels = {"avx512", GOL_ISA::bernoulli, GOL_ISA::softmax,
+                                    GOL_ISA::gumbel_activation};
 }  // namespace cpu
 }  // namespace gol
 

@@ -7,6 +7,7 @@
 
 namespace gol {
 namespace cpu {
-const KernelTable kGenericKernels = {"generic", GOL_ISA::bernoulli, GOL_ISA::softmax, GOL_ISA::gumbel_activation};
+const KernelTable kGenericKernels = {"generic", GOL_ISA::bernoulli, GOL_ISA::softmax,
+                                     GOL_ISA::gumbel_activation};
 }  // namespace cpu
 }  // namespace gol

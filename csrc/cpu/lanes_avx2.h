@@ -123,7 +123,7 @@ template <> struct Lanes<Vec> {
     return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
   }
 
-private:
+ private:
   static GOL_FN __m256i lanes_below(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
   }
@@ -185,8 +185,8 @@ struct Words {
     // The lower words of both registers in order 0 1 4 5 2 3 6 7, then put right.
     const __m256 mixed = _mm256_shuffle_ps(_mm256_castsi256_ps(v.lower), _mm256_castsi256_ps(v.upper), 0x88);
     const __m256i words = _mm256_permute4x64_epi64(_mm256_castps_si256(mixed), 0xd8);
-    const __m256i at_least = _mm256_cmpeq_epi16(
-        _mm256_max_epu16(words, _mm256_set1_epi16(static_cast<short>(limit))), words);
+    const __m256i at_least =
+        _mm256_cmpeq_epi16(_mm256_max_epu16(words, _mm256_set1_epi16(static_cast<short>(limit))), words);
     const __m256i bytes = _mm256_packs_epi16(at_least, at_least);
     const uint32_t mask = static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
     return (mask & 0xff) | (mask >> 8 & 0xff00);
@@ -197,5 +197,5 @@ struct Words {
 template <class T> using RowNumber = Vec;
 constexpr bool kHasFloat64 = false;
 
-}  // inline namespace GOL_ISA
+}  // namespace GOL_ISA
 }  // namespace gol

@@ -49,10 +49,9 @@ GOL_FN Vec divide(Vec a, Vec b, Vec low) {
 // 2^(x + low) = 2^floor(x) * 2^(k/16) * P(f), x = floor(x) + k/16 + f: 2^(k/16) comes from a table in a
 // register, P has degree 3 and P(0) = 1, minimax relative error 1.3e-9.
 template <bool kLow> GOL_FN Vec exp2_sum(Vec x, Vec low) {
-  const __m512 table =
-      _mm512_setr_ps(1.f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f,
-                     1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f,
-                     1.75625216f, 1.83400809f, 1.91520656f);
+  const __m512 table = _mm512_setr_ps(1.f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
+                                      1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f,
+                                      1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f);
   constexpr int kFloorTo16ths = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC | (4 << 4);
   Vec f(_mm512_reduce_ps(x.v, kFloorTo16ths));
   // x - f is a multiple of 1/16; on top of 1.5 * 2^19 it stands in the last bits of the mantissa.
@@ -103,20 +102,18 @@ template <> struct Lanes<Vec> {
   static GOL_FN Vec load(const BFloat16* p) { return widen(load16(p)); }
   static GOL_FN Vec load(const BFloat16* p, int n) { return widen(load16(p, n)); }
   static GOL_FN void store(BFloat16* p, Vec v) { _mm256_storeu_si256((__m256i*)p, narrow(v)); }
-  static GOL_FN void store(BFloat16* p, int n, Vec v) {
-    _mm256_mask_storeu_epi16(p, first(n), narrow(v));
-  }
+  static GOL_FN void store(BFloat16* p, int n, Vec v) { _mm256_mask_storeu_epi16(p, first(n), narrow(v)); }
 
   static GOL_FN Mask first(int n) { return static_cast<Mask>((1u << n) - 1); }
   static GOL_FN Mask clear_bits(uint64_t bits) { return static_cast<Mask>(~bits); }
   static GOL_FN Mask both(Mask a, Mask b) { return a & b; }
   static GOL_FN double sum(Vec x) {
-    return _mm512_reduce_add_pd(_mm512_add_pd(
-        _mm512_cvtps_pd(_mm512_castps512_ps256(x.v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1))));
+    return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x.v)),
+                                              _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1))));
   }
   static GOL_FN float max(Vec x) { return _mm512_reduce_max_ps(x.v); }
 
-private:
+ private:
   static GOL_FN __m256i load16(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static GOL_FN __m256i load16(const void* p, int n) { return _mm256_maskz_loadu_epi16(first(n), p); }
   static GOL_FN __m256i half(Vec v) { return _mm512_cvtps_ph(v.v, _MM_FROUND_TO_NEAREST_INT); }
@@ -157,7 +154,8 @@ struct Words {
   static constexpr int width = 16;
   using type = VecU;
   static GOL_FN VecU iota(uint32_t start) {
-    const __m512i lane = _mm512_add_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(start));
+    const __m512i lane =
+        _mm512_add_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(start));
     return {lane, _mm512_add_epi64(lane, _mm512_set1_epi64(8))};
   }
   // Bits 2l and 2l+1: whether the lower and the upper half of word l are not below the limit.
@@ -172,5 +170,5 @@ struct Words {
 template <class T> using RowNumber = Vec;
 constexpr bool kHasFloat64 = false;
 
-}  // inline namespace GOL_ISA
+}  // namespace GOL_ISA
 }  // namespace gol

@@ -39,9 +39,8 @@ struct Words {  // a "vector" of one 32-bit word, for the counter generator
 };
 
 // The number type in which a row stored as T is worked on.
-template <class T>
-using RowNumber = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <class T> using RowNumber = std::conditional_t<std::is_same_v<T, double>, double, float>;
 constexpr bool kHasFloat64 = true;
 
-}  // inline namespace GOL_ISA
+}  // namespace GOL_ISA
 }  // namespace gol

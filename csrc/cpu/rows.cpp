@@ -21,8 +21,8 @@ DType dtype_of(const char* op, const at::Tensor& t) {
 
 }  // namespace
 
-at::Tensor checked_labels(const char* op, const at::Tensor& labels, int64_t num_classes,
-                          int64_t ignore_index, bool validate) {
+at::Tensor checked_labels(const char* op, const at::Tensor& labels, int64_t num_classes, int64_t ignore_index,
+                          bool validate) {
   TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong || labels.scalar_type() == at::kInt, op,
                    ": labels must be int64 or int32, got ", labels.scalar_type());
   TORCH_CHECK_VALUE(labels.dim() == 1, op, ": labels must be [N], got ", labels.sizes());
@@ -43,11 +43,12 @@ Rows prepare_rows(const RowArguments& a) {
   const int64_t n = a.logits.size(0);
   TORCH_CHECK_VALUE(a.labels.dim() == 1 && a.labels.size(0) == n, a.op, ": labels must be [", n,
                     "] like the rows of logits, got ", a.labels.sizes());
-  TORCH_CHECK_VALUE(a.num_classes >= 0 && a.num_classes <= a.logits.size(1), a.op, ": num_classes must lie in [0, ",
-                    a.logits.size(1), "], the columns of logits, got ", a.num_classes);
+  TORCH_CHECK_VALUE(a.num_classes >= 0 && a.num_classes <= a.logits.size(1), a.op,
+                    ": num_classes must lie in [0, ", a.logits.size(1), "], the columns of logits, got ",
+                    a.num_classes);
   Rows rows{a.logits.stride(1) == 1 || a.logits.size(1) == 1 ? a.logits : a.logits.contiguous(),
-            checked_labels(a.op, a.labels, a.num_classes, a.ignore_index, a.validate),
-            std::vector<double>(n), dtype};
+            checked_labels(a.op, a.labels, a.num_classes, a.ignore_index, a.validate), std::vector<double>(n),
+            dtype};
 
   at::Tensor weights;
   if (a.row_weights.has_value()) {
@@ -85,8 +86,7 @@ std::vector<double> scaled_by(const std::vector<double>& scale, const at::Tensor
 }
 
 at::Tensor reduce_rows(const Rows& rows, const std::vector<double>& row_loss, c10::string_view reduction) {
-  const auto options =
-      rows.logits.options().dtype(rows.dtype == DType::kFloat64 ? at::kDouble : at::kFloat);
+  const auto options = rows.logits.options().dtype(rows.dtype == DType::kFloat64 ? at::kDouble : at::kFloat);
   const int64_t n = static_cast<int64_t>(row_loss.size());
   if (reduction != "none") {
     double total = 0;

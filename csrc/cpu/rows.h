@@ -45,8 +45,8 @@ at::Tensor reduce_rows(const Rows& rows, const std::vector<double>& row_loss, c1
 // [N, K] for the gradient, or an empty tensor.
 at::Tensor empty_grad(const Rows& rows, bool compute_grad);
 // Labels of [N], int64, checked to lie in [0, num_classes] or to be ignore_index.
-at::Tensor checked_labels(const char* op, const at::Tensor& labels, int64_t num_classes,
-                          int64_t ignore_index, bool validate);
+at::Tensor checked_labels(const char* op, const at::Tensor& labels, int64_t num_classes, int64_t ignore_index,
+                          bool validate);
 
 // Rows in parallel: body(begin, end, scratch) with a scratch of its own for each call.
 template <class Scratch, class Body>

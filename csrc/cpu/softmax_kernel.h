@@ -24,9 +24,8 @@ template <class T> struct SoftmaxRow {
         exps(reinterpret_cast<Number*>(scratch)) {
     V m(-std::numeric_limits<double>::infinity());
     const V lowest = m;
-    for_vectors<V>(0, a.num_softmax, [&](int64_t j, auto n) {
-      m = vmax(keep_lanes(n, load_lanes<V>(z + j, n), lowest), m);
-    });
+    for_vectors<V>(0, a.num_softmax,
+                   [&](int64_t j, auto n) { m = vmax(keep_lanes(n, load_lanes<V>(z + j, n), lowest), m); });
     row_max = static_cast<double>(Lanes<V>::max(m));
     x_label = (first_element<V>(z + label) - row_max) * kLog2E;
   }
@@ -40,8 +39,7 @@ template <class T> struct SoftmaxRow {
     return exponentials(0, label, exponent) + exponentials(label + 1, args.num_softmax, exponent);
   }
 
-  template <class Exponent>
-  GOL_FN double exponentials(int64_t from, int64_t to, const Exponent& exponent) {
+  template <class Exponent> GOL_FN double exponentials(int64_t from, int64_t to, const Exponent& exponent) {
     constexpr int64_t kBlock = 16 * Lanes<V>::width;  // more fp32 additions in a row would show
     double total = 0;
     for (int64_t block = from; block < to; block += kBlock) {
@@ -97,14 +95,12 @@ template <class T> struct SoftmaxRow {
       for_vectors<V>(label + 1, args.num_softmax, body);
       Lanes<V>::store(grad + label, 1, V(-rest * ratio));
     }
-    return at_label > 0 ? std::log1p(rest / at_label)
-                        : std::log(rest) - (x_label - reference) * kLn2;
+    return at_label > 0 ? std::log1p(rest / at_label) : std::log(rest) - (x_label - reference) * kLn2;
   }
 };
 
 // Two-way cross-entropy of (object, background) at z, with d = z[0] - z[1].
-template <bool kGrad, class T>
-GOL_FN double objectness(const T* z, bool foreground, double scale, T* grad) {
+template <bool kGrad, class T> GOL_FN double objectness(const T* z, bool foreground, double scale, T* grad) {
   using L = Lanes<RowNumber<T>>;
   const SigmoidLink<double> link(LinkOptions{});
   const double d = first_element<RowNumber<T>>(z) - first_element<RowNumber<T>>(z + 1);
@@ -152,5 +148,5 @@ void softmax_rows(const cpu::SoftmaxArgs& a, int64_t begin, int64_t end, double*
   }
 }
 
-}  // inline namespace GOL_ISA
+}  // namespace GOL_ISA
 }  // namespace gol

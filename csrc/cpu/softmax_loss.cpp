@@ -21,13 +21,15 @@ struct RowLosses {
 
 // Seesaw's mitigation in units of log2: p * log2(max(n, 1)) for each class.
 template <class Number>
-std::vector<Number> mitigation_table(const char* op, const OptionalTensor& class_counts, double p, int64_t c) {
+std::vector<Number> mitigation_table(const char* op, const OptionalTensor& class_counts, double p,
+                                     int64_t c) {
   TORCH_CHECK_VALUE(class_counts.has_value() && class_counts->dim() == 1 && class_counts->size(0) >= c, op,
                     ": seesaw needs class_counts of [", c, "] or more");
   const at::Tensor counts = class_counts->to(at::kDouble).contiguous();
   const double* n = counts.const_data_ptr<double>();
   std::vector<Number> table(c);
-  for (int64_t j = 0; j < c; ++j) table[j] = static_cast<Number>(std::fmax(p, 0.0) * std::log2(std::fmax(n[j], 1.0)));
+  for (int64_t j = 0; j < c; ++j)
+    table[j] = static_cast<Number>(std::fmax(p, 0.0) * std::log2(std::fmax(n[j], 1.0)));
   return table;
 }
 
@@ -63,16 +65,15 @@ RowLosses run(const RowArguments& a, const Rows& rows, const std::vector<double>
     TORCH_CHECK_VALUE(o.reweight == "none", a.op, ": unknown reweight '", o.reweight, "'");
   }
   const KernelTable& table = fp64 ? kGenericKernels : kernels();
-  parallel_rows<double>(n, k, [&](int64_t begin, int64_t end, double* scratch) {
-    table.softmax(args, begin, end, scratch);
-  });
+  parallel_rows<double>(
+      n, k, [&](int64_t begin, int64_t end, double* scratch) { table.softmax(args, begin, end, scratch); });
   return losses;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_loss(
     const at::Tensor& logits, const at::Tensor& labels, const OptionalTensor& row_weights,
-    const OptionalTensor& avg_factor, const OptionalTensor& class_counts, c10::string_view reweight,
-    double p, double q, double eps, bool objectness, int64_t num_classes, int64_t ignore_index,
+    const OptionalTensor& avg_factor, const OptionalTensor& class_counts, c10::string_view reweight, double p,
+    double q, double eps, bool objectness, int64_t num_classes, int64_t ignore_index,
     c10::string_view reduction, double scale, bool validate, bool compute_grad) {
   const RowArguments a{"softmax_loss", logits,       labels,    row_weights, avg_factor,
                        num_classes,    ignore_index, reduction, scale,       validate};
@@ -86,11 +87,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_loss(
 }
 
 at::Tensor softmax_grad(const at::Tensor& grad_classes, const at::Tensor& grad_objectness,
-                        const at::Tensor& logits, const at::Tensor& labels,
-                        const OptionalTensor& row_weights, const OptionalTensor& avg_factor,
-                        const OptionalTensor& class_counts, c10::string_view reweight, double p, double q,
-                        double eps, bool objectness, int64_t num_classes, int64_t ignore_index,
-                        c10::string_view reduction, double scale, bool validate) {
+                        const at::Tensor& logits, const at::Tensor& labels, const OptionalTensor& row_weights,
+                        const OptionalTensor& avg_factor, const OptionalTensor& class_counts,
+                        c10::string_view reweight, double p, double q, double eps, bool objectness,
+                        int64_t num_classes, int64_t ignore_index, c10::string_view reduction, double scale,
+                        bool validate) {
   const RowArguments a{"softmax_grad", logits,       labels,    row_weights, avg_factor,
                        num_classes,    ignore_index, reduction, scale,       validate};
   const Rows rows = prepare_rows(a);

@@ -21,8 +21,7 @@ template <class V, class T, int W> GOL_FN V load_lanes(const T* p, std::integral
   return Lanes<V>::load(p);
 }
 template <class V, class T> GOL_FN V load_lanes(const T* p, int n) { return Lanes<V>::load(p, n); }
-template <class V, class T, int W>
-GOL_FN void store_lanes(T* p, std::integral_constant<int, W>, V v) {
+template <class V, class T, int W> GOL_FN void store_lanes(T* p, std::integral_constant<int, W>, V v) {
   Lanes<V>::store(p, v);
 }
 template <class V, class T> GOL_FN void store_lanes(T* p, int n, V v) { Lanes<V>::store(p, n, v); }
@@ -37,9 +36,8 @@ template <class V, class T> GOL_FN double first_element(const T* p) {
 
 template <bool kGrad, class T> GOL_FN void fill(T* grad, int64_t count, double value) {
   using V = RowNumber<T>;
-  if (kGrad)
-    for_vectors<V>(0, count, [&](int64_t j, auto n) { store_lanes(grad + j, n, V(value)); });
+  if (kGrad) for_vectors<V>(0, count, [&](int64_t j, auto n) { store_lanes(grad + j, n, V(value)); });
 }
 
-}  // inline namespace GOL_ISA
+}  // namespace GOL_ISA
 }  // namespace gol

@@ -41,5 +41,5 @@ inline void gumbel_activation(const cpu::GumbelActivationArgs& a, int64_t begin,
   });
 }
 
-}  // inline namespace GOL_ISA
+}  // namespace GOL_ISA
 }  // namespace gol

@@ -54,7 +54,7 @@ def choose(op: str, device: str, backend: str | None = None) -> tuple[str, str]:
         if obstacle is not None:
             raise RuntimeError(f"backend {backend!r} cannot run {op} on '{device}': {obstacle}")
         return backend, "asked for"
-    obstacles = []
+    obstacles: list[str] = []
     for candidate in BACKENDS:
         obstacle = _obstacle(candidate, device)
         if obstacle is None:

@@ -1,0 +1,36 @@
+"""What an evaluation leaves behind: metrics.json, plots, a page of predictions, and the printed table."""
+
+from __future__ import annotations
+
+import json
+
+from detector.config import Config
+from detector.evaluation import Evaluation, format_table
+from detector.model import ClassTable
+from detector.visualize import draw_run_page, plot_curves
+
+RESULTS = "results.json"
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    print(f"\n{evaluation.protocol}")
+    for note in evaluation.notes:
+        print(f"note: {note}")
+    print(format_table(evaluation.metrics))
+
+
+def write_report(config: Config, classes: ClassTable, evaluation: Evaluation) -> None:
+    """Write what follows from results.json and log.jsonl into the run's folder, and print the table."""
+    folder = config.run_dir
+    record = {
+        "protocol": evaluation.protocol,
+        "metrics": evaluation.metrics,
+        "class_ap": evaluation.class_ap,
+        "notes": list(evaluation.notes),
+    }
+    (folder / "metrics.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if (folder / "log.jsonl").is_file():
+        plot_curves(folder)
+    draw_run_page(config, classes)
+    print_evaluation(evaluation)
+    print(f"metrics, plots, results and predictions.png are in {folder}")
