@@ -2,9 +2,9 @@
 //
 // Everything is templated on a number type V: float or double (plain C++, and a CUDA thread), or a
 // SIMD vector of floats. A number type is constructed from a double and supplies + - *, fma, vmin,
-// vmax, exp2, exp, reciprocal, less, differs (ordered "not equal", false for NaN) and select; this
-// header supplies those for float and double. Work is done in base 2, where an exponential is one
-// exp2 and a logarithm one log2.
+// vmax, exp2, exp, log2, reciprocal, quotient, divide, less, differs (ordered "not equal", false for NaN) and
+// select; this header supplies those for float and double. Work is done in base 2, where an exponential is
+// one exp2 and a logarithm one log2.
 #pragma once
 
 #include <cmath>
@@ -63,6 +63,7 @@ GOL_FN double fma(double a, double b, double c) { return a * b + c; }
   GOL_FN T exp(T x) { return std::exp(x); }                              \
   GOL_FN T log2(T x) { return std::log2(x); }                            \
   GOL_FN T reciprocal(T x) { return T(1) / x; }                          \
+  GOL_FN T quotient(T a, T b) { return a / b; }                          \
   GOL_FN T divide(T a, T b, T) { return a / b; }                         \
   GOL_FN bool less(T a, T b) { return a < b; }                           \
   GOL_FN bool differs(T a, T b) { return a < b || a > b; }               \
@@ -117,7 +118,7 @@ template <class V, GumbelSlope kSlope> struct GumbelLink {
     // 1 - p = e2 * series for a small e, which then cancels in slope = p * e2 / (1 - p).
     const V factor = select(small, one_minus_exp2_over(e2), q);
     const V linear = select(small, V(0.0) - log2_e2, V(0.0));
-    V slope = p * select(small, V(1.0), e2) * reciprocal(factor);
+    V slope = quotient(p * select(small, V(1.0), e2), factor);
     if (kSlope == GumbelSlope::kReleased) slope = slope * released(p, select(small, factor * e2, q));
     return {linear, factor, outside(z, zc, slope)};
   }

@@ -92,12 +92,6 @@ GOL_FN void negatives(const Link& link, const T* z, T* grad, int64_t count, V sc
 // DropLoss, background rows: bit c is set when class c is rare and its draw is not below the limit,
 // so that a negative survives with the probability limit / 2^16. Lane l of the generator has columns
 // 8l..8l+7, two in each of its four words.
-GOL_FN uint64_t spread_pairs(uint64_t x) {  // bits 2i, 2i+1 -> 8i, 8i+1, for 16 bits
-  x = (x | (x << 24)) & 0x000000ff000000ffull;
-  x = (x | (x << 12)) & 0x000f000f000f000full;
-  return (x | (x << 6)) & 0x0303030303030303ull;
-}
-
 GOL_FN void draw_dropped(const cpu::BernoulliArgs& a, int64_t row, uint64_t* dropped) {
   constexpr int kLanes = Words::width;
   const int64_t words = (a.num_columns + 63) / 64;
@@ -111,7 +105,7 @@ GOL_FN void draw_dropped(const cpu::BernoulliArgs& a, int64_t row, uint64_t* dro
       halves[k] = Words::halves_from(draws.word[k], static_cast<uint16_t>(a.keep_limit));
     for (int part = 0; part * 8 < kLanes; ++part) {  // eight lanes fill one word of 64 columns
       uint64_t bits = 0;
-      for (int k = 0; k < 4; ++k) bits |= spread_pairs(halves[k] >> (16 * part) & 0xffff) << (2 * k);
+      for (int k = 0; k < 4; ++k) bits |= Words::spread_pairs(halves[k] >> (16 * part) & 0xffff) << (2 * k);
       dropped[group / 8 + part] |= bits << (group % 8 * 8);
     }
   }

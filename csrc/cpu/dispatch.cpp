@@ -10,12 +10,24 @@ namespace gol {
 namespace cpu {
 namespace {
 
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 const KernelTable* best() {
 #if defined(__x86_64__)
-  // torch has asked the processor already, and has obeyed ATEN_CPU_CAPABILITY.
+  // What torch uses: it has asked the processor, and has obeyed ATEN_CPU_CAPABILITY.
   const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX512" && __builtin_cpu_supports("f16c")) return &kAvx512Kernels;
-  if (capability == "AVX2" && __builtin_cpu_supports("f16c")) return &kAvx2Kernels;
+  if (capability == "AVX512" && has_avx512()) return &kAvx512Kernels;
+  if ((capability == "AVX512" || capability == "AVX2") && has_avx2()) return &kAvx2Kernels;
 #endif
   return &kGenericKernels;
 }
@@ -33,12 +45,8 @@ const KernelTable& kernels() {
 void set_capability(const char* name) {
   const std::string wanted(name);
 #if defined(__x86_64__)
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (wanted == "avx512" && avx512) return chosen.store(&kAvx512Kernels);
-  if (wanted == "avx2" && avx2) return chosen.store(&kAvx2Kernels);
+  if (wanted == "avx512" && has_avx512()) return chosen.store(&kAvx512Kernels);
+  if (wanted == "avx2" && has_avx2()) return chosen.store(&kAvx2Kernels);
 #endif
   if (wanted == "generic") return chosen.store(&kGenericKernels);
   throw std::invalid_argument("this machine cannot run the CPU kernels for '" + wanted + "'");

@@ -29,6 +29,7 @@ GOL_FN Vec operator+(Vec a, Vec b) { return _mm256_add_ps(a.v, b.v); }
 GOL_FN Vec operator-(Vec a, Vec b) { return _mm256_sub_ps(a.v, b.v); }
 GOL_FN Vec operator*(Vec a, Vec b) { return _mm256_mul_ps(a.v, b.v); }
 GOL_FN Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+GOL_FN Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a.v, b.v, c.v); }  // c - a b
 // The instruction returns its second operand when either is NaN: NaN in a stays.
 GOL_FN Vec vmin(Vec a, Vec b) { return _mm256_min_ps(b.v, a.v); }
 GOL_FN Vec vmax(Vec a, Vec b) { return _mm256_max_ps(b.v, a.v); }
@@ -36,28 +37,33 @@ GOL_FN Mask less(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 GOL_FN Mask differs(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_NEQ_OQ)}; }
 GOL_FN Vec select(Mask m, Vec a, Vec b) { return _mm256_blendv_ps(b.v, a.v, m.v); }
 GOL_FN Vec reciprocal(Vec x) { return _mm256_div_ps(_mm256_set1_ps(1.f), x.v); }
+GOL_FN Vec quotient(Vec a, Vec b) { return _mm256_div_ps(a.v, b.v); }
 // a / (b + low), |low| below an ulp of b: the quotient corrected by its remainder.
 GOL_FN Vec divide(Vec a, Vec b, Vec low) {
   const Vec r = reciprocal(b);
   const Vec q = a * r;
-  return fma(fma(Vec(0.0) - q, low, fma(Vec(0.0) - q, b, a)), r, q);
+  return fma(fnma(q, low, fnma(q, b, a)), r, q);
 }
 
-// 2^(x + low) = 2^floor(x) * P(x - floor(x) + low); P has degree 6 and P(0) = 1, minimax relative error
-// 2.0e-9. Below the smallest normal number the result is 0; x must stay below 128.
+// 2^(x + low) = 2^n * 2^(k/8) * P(f), x = n + k/8 + f with |f| <= 1/16: 2^(k/8) comes from a table in a
+// register, P has degree 3 and P(0) = 1, relative error 2.5e-8. Below the smallest normal number the
+// result is 0; x must stay below 128.
 template <bool kLow> GOL_FN Vec exp2_sum(Vec x, Vec low) {
-  const Vec n(_mm256_floor_ps(x.v));
-  Vec f = x - n;
+  const __m256 table = _mm256_setr_ps(1.f, 1.09050773f, 1.18920712f, 1.29683955f, 1.41421356f, 1.54221083f,
+                                      1.68179283f, 1.83400809f);
+  // On top of 1.5 * 2^20 the multiples of 1/8 stand in the last bits of the mantissa, the integer 8 n + k.
+  const Vec magic(1572864.0);
+  const Vec shifted = x + magic;
+  Vec f = x - (shifted - magic);
   if (kLow) f = f + low;
-  Vec p = fma(Vec(2.161291497e-4), f, Vec(1.246784645e-3));
-  p = fma(p, f, Vec(9.675451565e-3));
-  p = fma(p, f, Vec(5.548528062e-2));
-  p = fma(p, f, Vec(2.402293056e-1));
-  p = fma(p, f, Vec(6.931470444e-1));
-  p = fma(p, f, Vec(1.0));
-  const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
-  const Vec r(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), exponent)));
-  return select(less(x, Vec(-126.0)), Vec(0.0), r);  // NaN: P is NaN and the exponent's bits are 0
+  const __m256i eighths = _mm256_castps_si256(shifted.v);
+  const __m256i exponent = _mm256_slli_epi32(_mm256_srli_epi32(eighths, 3), 23);
+  const __m256 fraction = _mm256_permutevar8x32_ps(table, eighths);
+  const Vec t(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(fraction), exponent)));
+  Vec p = fma(Vec(0.05549622), f, Vec(0.24025763));
+  p = fma(p, f, Vec(0.69314721));
+  const Vec r = fma(t * f, p, t);
+  return _mm256_and_ps(_mm256_cmp_ps(x.v, _mm256_set1_ps(-126.f), _CMP_NLT_UQ), r.v);  // NaN stays
 }
 GOL_FN Vec exp2(Vec x) { return exp2_sum<false>(x, x); }
 // e^x with x * log2(e) in two pieces: 1 ulp where exp2(x * log2(e)) would lose |x| ulp.
@@ -190,6 +196,12 @@ struct Words {
     const __m256i bytes = _mm256_packs_epi16(at_least, at_least);
     const uint32_t mask = static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
     return (mask & 0xff) | (mask >> 8 & 0xff00);
+  }
+  // Bits 2i and 2i+1 of a 16-bit number to 8i and 8i+1.
+  static GOL_FN uint64_t spread_pairs(uint64_t x) {
+    x = (x | (x << 24)) & 0x000000ff000000ffull;
+    x = (x | (x << 12)) & 0x000f000f000f000full;
+    return (x | (x << 6)) & 0x0303030303030303ull;
   }
 };
 

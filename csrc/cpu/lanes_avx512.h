@@ -27,6 +27,7 @@ GOL_FN Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
 GOL_FN Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
 GOL_FN Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }
 GOL_FN Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+GOL_FN Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a.v, b.v, c.v); }  // c - a b
 // The instruction returns its second operand when either is NaN: NaN in a stays.
 GOL_FN Vec vmin(Vec a, Vec b) { return _mm512_min_ps(b.v, a.v); }
 GOL_FN Vec vmax(Vec a, Vec b) { return _mm512_max_ps(b.v, a.v); }
@@ -37,13 +38,14 @@ GOL_FN Vec select(Mask m, Vec a, Vec b) { return _mm512_mask_blend_ps(m, b.v, a.
 // 14-bit estimate and one Newton step: within 1 ulp, a third of the division's time.
 GOL_FN Vec reciprocal(Vec x) {
   const Vec y(_mm512_rcp14_ps(x.v));
-  return fma(y, fma(Vec(0.0) - x, y, Vec(1.0)), y);
+  return fma(y, fnma(x, y, Vec(1.0)), y);
 }
+GOL_FN Vec quotient(Vec a, Vec b) { return a * reciprocal(b); }
 // a / (b + low), |low| below an ulp of b: the quotient corrected by its remainder.
 GOL_FN Vec divide(Vec a, Vec b, Vec low) {
   const Vec r = reciprocal(b);
   const Vec q = a * r;
-  return fma(fma(Vec(0.0) - q, low, fma(Vec(0.0) - q, b, a)), r, q);
+  return fma(fnma(q, low, fnma(q, b, a)), r, q);
 }
 
 // 2^(x + low) = 2^floor(x) * 2^(k/16) * P(f), x = floor(x) + k/16 + f: 2^(k/16) comes from a table in a
@@ -164,6 +166,8 @@ struct Words {
                                              _mm512_cvtepi64_epi32(v.upper), 1);
     return _mm512_cmpge_epu16_mask(words, _mm512_set1_epi16(static_cast<short>(limit)));
   }
+  // Bits 2i and 2i+1 of a 16-bit number to 8i and 8i+1.
+  static GOL_FN uint64_t spread_pairs(uint64_t x) { return _pdep_u64(x, 0x0303030303030303ull); }
 };
 
 // The number type in which a row stored as T is worked on.

@@ -36,6 +36,12 @@ struct Words {  // a "vector" of one 32-bit word, for the counter generator
   static uint32_t halves_from(uint32_t v, uint16_t limit) {
     return ((v & 0xffff) >= limit) | ((v >> 16) >= limit) << 1;
   }
+  // Bits 2i and 2i+1 of a 16-bit number to 8i and 8i+1.
+  static GOL_FN uint64_t spread_pairs(uint64_t x) {
+    x = (x | (x << 24)) & 0x000000ff000000ffull;
+    x = (x | (x << 12)) & 0x000f000f000f000full;
+    return (x | (x << 6)) & 0x0303030303030303ull;
+  }
 };
 
 // The number type in which a row stored as T is worked on.

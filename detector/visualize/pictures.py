@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as coco_mask
+from torchvision.ops import nms
 
 from detector.evaluation.results import Detections, read_results
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from detector.model.classes import ClassTable
 
 MASK_OPACITY = 0.35
+SAME_PLACE_IOU = 0.5
 LABEL_OVERLAP = 0.1  # share of a label that others may cover
 SMALLEST_SIDE = (
     640  # pictures of one image are enlarged to at least this long side, so that labels can be read
@@ -201,12 +204,13 @@ def _draw_pair(
     example: Example, class_names: Sequence[str], score_threshold: float, max_detections: int, panel: int
 ) -> Image.Image:
     truth, predictions = example.truth, example.predictions
+    distinct = _best_class_at_each_place(predictions)
     left = draw_detections(
         example.image, truth, class_names, max_detections=len(truth), show_scores=False, long_side=panel
     )
     right = draw_detections(
         example.image,
-        predictions,
+        distinct,
         class_names,
         score_threshold=score_threshold,
         max_detections=max_detections,
@@ -214,8 +218,8 @@ def _draw_pair(
     )
     above = int((predictions.scores >= score_threshold).sum())
     if above:
-        drawn = f"{above}" if above <= max_detections else f"best {max_detections} of {above}"
-        summary = f"{drawn} with score ≥ {score_threshold:g}"
+        drawn = min(int((distinct.scores >= score_threshold).sum()), max_detections)
+        summary = f"best class at each of {drawn} places, score ≥ {score_threshold:g}"
     elif len(predictions):
         summary = f"none with score ≥ {score_threshold:g}, the highest is {predictions.scores.max():.2g}"
     else:
@@ -251,6 +255,15 @@ def _as_picture(image: Any) -> Image.Image:
 def _best(detections: Detections, score_threshold: float, max_detections: int) -> Detections:
     order = np.argsort(-detections.scores, kind="stable")
     return detections.select(order[detections.scores[order] >= score_threshold][:max_detections])
+
+
+def _best_class_at_each_place(detections: Detections) -> Detections:
+    """For a person: of the classes that claim one object, the likeliest (NMS over all classes)."""
+    if len(detections) == 0:
+        return detections
+    boxes = torch.from_numpy(np.ascontiguousarray(detections.boxes, dtype=np.float32))
+    scores = torch.from_numpy(np.ascontiguousarray(detections.scores, dtype=np.float32))
+    return detections.select(nms(boxes, scores, SAME_PLACE_IOU).numpy())
 
 
 def _check_fit(detections: Detections, class_names: Sequence[str], size: tuple[int, int]) -> None:

@@ -12,6 +12,7 @@ from detector.data.annotations import LvisAnnotations
 from detector.data.check import check_data
 from detector.data.drawing import MAX_CLASSES, Placement, appearance, ground, outlines, paint
 from detector.data.synthetic import train_image_counts, val_image_counts, write_synthetic
+from detector.evaluation.backends import lvis_package
 
 
 @pytest.fixture(scope="module")

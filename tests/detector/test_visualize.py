@@ -254,6 +254,15 @@ class TestPages:
         with pytest.raises(ValueError, match="at least one example"):
             draw_page(tmp_path / "page.png", [], NAMES)
 
+    def test_one_class_at_each_place(self) -> None:
+        """Two classes claim one object, a third is elsewhere, and a worse box of the first stands aside."""
+        boxes = np.array([[0, 0, 10, 10], [1, 0, 10, 10], [40, 40, 60, 60], [6, 6, 16, 16]], dtype=np.float32)
+        claims = Detections(1, boxes, np.array([0.6, 0.9, 0.5, 0.4]), np.array([0, 1, 2, 1]))
+        kept = pictures_module._best_class_at_each_place(claims)
+        assert kept.labels.tolist() == [1, 2, 1]
+        assert kept.scores.tolist() == pytest.approx([0.9, 0.5, 0.4])
+        assert len(pictures_module._best_class_at_each_place(claims.select(np.arange(0)))) == 0
+
     def test_page_of_a_run(self, tmp_path: Path) -> None:
         files = write_synthetic(
             tmp_path / "data", num_train=60, num_val=20, num_classes=6, image_size=64, seed=3
