@@ -310,7 +310,7 @@ def run_ranks(tmp_path: Path, name: str, ranks: int, *overrides: str) -> list[di
 
 def test_two_ranks_agree_with_each_other_and_with_one(tmp_path):
     """With every anchor and proposal sampled nothing is left to chance: in the first step two ranks of two
-    images see the RoIs of one rank of four, and the RPN, whose terms all weigh the same, takes the same step."""
+    images see the RoIs of one rank of four, and the RPN, whose terms weigh the same, takes the same step."""
     write_data_set(tmp_path / "data", num_images=12)
     sampled = ("model.rpn_rois=100000", "model.rois_per_image=100000", "loss.name=seesaw")
     first, second = run_ranks(tmp_path, "two", 2, *sampled)
@@ -379,6 +379,19 @@ def test_faults_of_the_program_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(cli, "load_config", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["train", "--config", "demo"])
+
+
+def test_overrides_may_stand_before_and_after_options(tmp_path, capsys):
+    sizes = ["synthetic.num_train=8", "--seed", "3", "synthetic.num_val=6", "synthetic.num_classes=4"]
+    assert main(["make-synthetic", str(tmp_path), *sizes]) == 0
+    assert "8 + 6 images of 4 classes" in capsys.readouterr().out
+    annotations = tmp_path / "annotations" / "lvis_synth_train.json"
+    assert main(["check-data", str(annotations), str(tmp_path), "--decode"]) == 0
+    assert main(["check-data", str(annotations), str(tmp_path / "annotations")]) == 1
+    with pytest.raises(SystemExit):
+        main(["make-synthetic", str(tmp_path), "--sede", "3"])
+    with pytest.raises(SystemExit):
+        main(["check-data", str(annotations), str(tmp_path), "a=b"])
 
 
 def test_help_names_every_command(capsys):

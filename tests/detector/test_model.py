@@ -275,13 +275,8 @@ def straightforward(scores, deltas, proposals, coder, size, score_threshold, nms
     ("rows", "classes", "threshold", "limit", "spread"),
     [
         (200, 40, 1e-4, 50, 60.0),  # far more candidates than are decoded at first
-        (
-            300,
-            12,
-            1e-4,
-            100,
-            2.0,
-        ),  # boxes so alike that NMS leaves few: the selection must grow several times
+        (300, 12, 1e-4, 100, 2.0),  # boxes so alike that NMS leaves few: in the end all are decoded
+        (500, 40, 1e-4, 50, 3.0),  # the first 400 of 20,000 leave too few, the next 1600 enough
         (60, 5, 0.97, 300, 60.0),  # few pass the threshold
         (40, 3, 1.0, 10, 60.0),  # none does
     ],
@@ -289,7 +284,7 @@ def straightforward(scores, deltas, proposals, coder, size, score_threshold, nms
 def test_selection_equals_the_straightforward_way(agnostic, rows, classes, threshold, limit, spread):
     generator = torch.Generator().manual_seed(rows)
     corner = torch.rand(rows, 2, generator=generator) * spread
-    proposals = torch.cat([corner, corner + 10 + 40 * torch.rand(rows, 2, generator=generator)], dim=1)
+    proposals = torch.cat([corner, corner + 20 + spread * torch.rand(rows, 2, generator=generator)], dim=1)
     scores = torch.rand(rows, classes, generator=generator)
     deltas = 0.5 * torch.randn(rows, 1 if agnostic else classes, 4, generator=generator)
     arguments = (scores, deltas, proposals, BoxCoder(BOX_WEIGHTS), (90, 80))

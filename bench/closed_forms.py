@@ -1,0 +1,151 @@
+"""The strongest baselines: loss and gradient in one function, without autograd, made for torch.compile.
+
+Each works on the negatives of all [N, K] columns and then puts the N positives right, which is what Inductor
+fuses best. They are baselines of the benches alone: no options, no ignored rows.
+
+z [N, K] float32, labels [N] int64. Returns the loss, a mean over rows unless it says otherwise, and its
+gradient [N, K].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gol_kernels.reference import keep_limit
+
+_CLIP = (-4.0, 10.0)
+
+
+def gumbel(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """GumbelCE over K columns, the background's too; the mean over elements."""
+    return _gumbel(z, labels, None, z.numel(), exact=True)
+
+
+def gumbel_fewer_digits(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - exp(-e) instead of -expm1(-e): faster, and wrong by up to 7e-4 near z = 10."""
+    return _gumbel(z, labels, None, z.numel(), exact=False)
+
+
+def gol(z: Tensor, labels: Tensor, rare: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """DropLoss over C = K classes; draws int16 [N, C]."""
+    return _gumbel(z, labels, _drop_kept(labels, rare, draws), len(z), exact=True)
+
+
+def gol_fewer_digits(z: Tensor, labels: Tensor, rare: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``gumbel_fewer_digits``."""
+    return _gumbel(z, labels, _drop_kept(labels, rare, draws), len(z), exact=False)
+
+
+def sigmoid(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy over K columns, the background's too."""
+    return _sigmoid(z, labels, None)
+
+
+def eql(z: Tensor, labels: Tensor, rare: Tensor) -> tuple[Tensor, Tensor]:
+    """EQL over C = K classes."""
+    return _sigmoid(z, labels, ~((labels < z.shape[1])[:, None] & rare))
+
+
+def softmax(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy over K columns."""
+    n = z.shape[0]
+    e, loss = _softmax_rows(z, labels)
+    return loss.sum() / n, e.scatter_add_(1, labels[:, None], z.new_full((n, 1), -1.0)) / n
+
+
+def seesaw(z: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Seesaw (p = 0.8, q = 2, eps = 0.01) and its objectness over C + 2 = K columns, all rows foreground."""
+    n, c = z.shape[0], z.shape[1] - 2
+    classes, column = z[:, :c], labels[:, None]
+    ln_n = counts.clamp(min=1).to(z.dtype).log()
+    log_s = classes - classes.logsumexp(1, keepdim=True)
+    limit = log_s.gather(1, column).clamp(min=math.log(1e-2))
+    # Both factors vanish at the label: ln n_y - ln n_y, and log s_y is not above the limit.
+    mitigation = (ln_n - ln_n[labels][:, None]).clamp(max=0)
+    adjusted = classes + 0.8 * mitigation + 2.0 * (log_s - limit).clamp(min=0)
+    p, loss = _softmax_rows(adjusted, labels)
+    # All rows are objects: softplus(b - o), slope -sigmoid(b - o).
+    d = z[:, c + 1] - z[:, c]
+    slope = torch.sigmoid(d)
+    objectness = d.clamp(min=0) + torch.log1p(torch.exp(-d.abs()))
+    grad = torch.cat([p, -slope[:, None], slope[:, None]], 1)
+    grad = grad.scatter_add_(1, column, z.new_full((n, 1), -1.0)) / n
+    return (loss.sum() + objectness.sum()) / n, grad
+
+
+def _softmax_rows(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    m = z.amax(1, keepdim=True)
+    e = torch.exp(z - m)
+    total = e.sum(1, keepdim=True)
+    return e / total, (total.log() + m - z.gather(1, labels[:, None]))[:, 0]
+
+
+def _drop_kept(labels: Tensor, rare: Tensor, draws: Tensor) -> Tensor:
+    """Background rows keep a rare class's negative where the draw is below the share of rare labels."""
+    below = draws < keep_limit(labels, rare) - 0x8000
+    return ~rare | ((labels == rare.numel())[:, None] & below)
+
+
+def _gumbel(
+    z: Tensor, labels: Tensor, kept: Tensor | None, divisor: int, *, exact: bool
+) -> tuple[Tensor, Tensor]:
+    """Negative: -log t, slope e (1 - t) / t with t = 1 - exp(-e), e = exp(-z). Positive: e, slope -e."""
+    t, e, clamped = _gumbel_terms(z, exact)
+    log_t = torch.log(t)
+    slope = torch.where(clamped == z, (e - e * t) / (t * divisor), 0.0)
+    has_positive, column = _positives(z, labels)
+    z_y = z.gather(1, column)
+    t_y, e_y, clamped_y = _gumbel_terms(z_y, exact)
+    own, log_t_y = torch.where(clamped_y == z_y, -e_y / divisor, 0.0), torch.log(t_y)
+    loss, grad = _put_positives(-log_t, slope, kept, has_positive, column, e_y, own, -log_t_y)
+    return loss / divisor, grad
+
+
+def _gumbel_terms(z: Tensor, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
+    clamped = z.clamp(*_CLIP)
+    e = torch.exp(-clamped)
+    return (-torch.expm1(-e) if exact else 1 - torch.exp(-e)), e, clamped
+
+
+def _sigmoid(z: Tensor, labels: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Negative: softplus(z), slope sigmoid(z). Positive: softplus(-z), slope -sigmoid(-z)."""
+    n = z.shape[0]
+    loss, slope = _softplus(z)
+    has_positive, column = _positives(z, labels)
+    z_y = z.gather(1, column)
+    (negative_y, _), (positive_y, slope_y) = _softplus(z_y), _softplus(-z_y)
+    total, grad = _put_positives(
+        loss, slope / n, kept, has_positive, column, positive_y, -slope_y / n, negative_y
+    )
+    return total / n, grad
+
+
+def _softplus(z: Tensor) -> tuple[Tensor, Tensor]:
+    e = torch.exp(-z.abs())
+    return z.clamp(min=0) + torch.log1p(e), torch.where(z >= 0, 1.0, e) / (1 + e)
+
+
+def _positives(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return (labels < z.shape[1])[:, None], labels.clamp(max=z.shape[1] - 1)[:, None]
+
+
+def _put_positives(
+    loss: Tensor,
+    slope: Tensor,
+    kept: Tensor | None,
+    has_positive: Tensor,
+    column: Tensor,
+    positive: Tensor,
+    positive_slope: Tensor,
+    negative: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Summed loss and gradient, with the label's column taken out of the negatives and put in as positive."""
+    if kept is not None:
+        loss, slope = torch.where(kept, loss, 0.0), torch.where(kept, slope, 0.0)
+        negative = torch.where(kept.gather(1, column), negative, 0.0)
+    total = loss.sum(1) + torch.where(has_positive, positive - negative, 0.0)[:, 0]
+    own = torch.where(has_positive, positive_slope, slope.gather(1, column))
+    return total.sum(), slope.scatter_(1, column, own)
