@@ -168,13 +168,19 @@ template <class V> struct SigmoidLink {
 // For a row of class y the logit of class j is raised by log M_j + log C_j, both constants:
 //   log M_j = p * min(0, ln n_j - ln n_y)                       mitigation, from counts
 //   log C_j = q * max(0, ln s_j - max(ln s_y, ln eps))          compensation, from scores
-// Here in base 2, with x_j = log2(exp(z_j - max z)) <= 0 and pln_j = p * log2(n_j).
-// Both factors are 1 at j = y: there x >= threshold - x implies max(...) = 0 = min(...).
+// Here in base 2, with x_j = log2(exp(z_j - max z)) <= 0 and pln_j = p * log2(n_j). With
+// threshold = max(x_y, log2(sum_j 2^x_j) + log2(eps)), the score limit in units of x,
+//   x + q max(0, x - threshold) = max(x, (1+q) x - q threshold).
 template <class V> struct SeesawRow {
-  V q, threshold, pln_y;
-  // threshold = max(x_y, log2(sum_j 2^x_j) + log2(eps)) is the score limit in units of x.
-  GOL_FN V log_weight(V x, V pln) const {
-    return fma(q, vmax(x - threshold, V(0.0)), vmin(pln - pln_y, V(0.0)));
+  V one_plus_q, minus_q_threshold, pln_y, minus_reference;
+
+  GOL_FN SeesawRow(double q, double threshold, double pln_label, double reference)
+      : one_plus_q(1.0 + q), minus_q_threshold(-q * threshold), pln_y(pln_label + reference),
+        minus_reference(-reference) {}
+
+  // log2 of the weighted exponential of class j != y, less the reference.
+  GOL_FN V exponent(V x, V pln) const {
+    return vmax(x, fma(one_plus_q, x, minus_q_threshold)) + vmin(pln - pln_y, minus_reference);
   }
 };
 

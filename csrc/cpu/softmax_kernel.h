@@ -34,19 +34,21 @@ template <class T> struct SoftmaxRow {
     return (load_lanes<V>(z + j, n) - V(row_max)) * V(kLog2E);
   }
 
-  // Writes exps of all columns but the label's and returns their sum.
-  template <class Exponent> GOL_FN double exponentials(const Exponent& exponent) {
-    return exponentials(0, label, exponent) + exponentials(label + 1, args.num_softmax, exponent);
+  // The sum of 2^exponent over all columns but the label's, which are also written to exps if kKeep.
+  template <bool kKeep, class Exponent> GOL_FN double exponentials(const Exponent& exponent) {
+    return exponentials<kKeep>(0, label, exponent) +
+           exponentials<kKeep>(label + 1, args.num_softmax, exponent);
   }
 
-  template <class Exponent> GOL_FN double exponentials(int64_t from, int64_t to, const Exponent& exponent) {
+  template <bool kKeep, class Exponent>
+  GOL_FN double exponentials(int64_t from, int64_t to, const Exponent& exponent) {
     constexpr int64_t kBlock = 16 * Lanes<V>::width;  // more fp32 additions in a row would show
     double total = 0;
     for (int64_t block = from; block < to; block += kBlock) {
       V sum(0.0);
       for_vectors<V>(block, block + kBlock < to ? block + kBlock : to, [&](int64_t j, auto n) {
         const V e = exp2(exponent(j, n));
-        store_lanes(exps + j, n, e);
+        if (kKeep) store_lanes(exps + j, n, e);
         sum = sum + keep_lanes(n, e, V(0.0));
       });
       total += Lanes<V>::sum(sum);
@@ -54,30 +56,31 @@ template <class T> struct SoftmaxRow {
     return total;
   }
 
-  GOL_FN double plain() {
-    return exponentials([&](int64_t j, auto n) { return x(j, n); });
+  template <bool kKeep> GOL_FN double plain() {
+    return exponentials<kKeep>([&](int64_t j, auto n) { return x(j, n); });
   }
 
   GOL_FN double seesaw() {
     const auto* pln = static_cast<const Number*>(args.pln);
-    const double log2_sum = std::log2(plain() + std::exp2(x_label));
+    const double log2_sum = std::log2(plain<false>() + std::exp2(x_label));
     const double threshold = std::fmax(x_label, log2_sum + args.log2_eps);
-    const SeesawRow<V> factors{V(args.q), V(threshold), V(pln[label])};
+    const auto weighted_from = [&](double from) {
+      const SeesawRow<V> row(args.q, threshold, static_cast<double>(pln[label]), from);
+      return [this, row, pln](int64_t j, auto n) { return row.exponent(x(j, n), load_lanes<V>(pln + j, n)); };
+    };
     // No exponent is above q * max(0, 0 - threshold): x <= 0 and mitigation only lowers.
     reference = args.q * std::fmax(-threshold, 0.0);
-    const auto weighted = [&](int64_t j, auto n) {
-      const V xj = x(j, n);
-      return xj + factors.log_weight(xj, load_lanes<V>(pln + j, n)) - V(reference);
-    };
-    double rest = exponentials(weighted);
+    double rest = exponentials<true>(weighted_from(reference));
     if (!(rest + std::exp2(x_label - reference) > 1e-20)) {
       // Mitigation took everything far below the bound: once more, relative to the true maximum.
-      V m(x_label - reference);
-      for_vectors<V>(0, args.num_softmax, [&](int64_t j, auto n) {
-        m = vmax(keep_lanes(n, weighted(j, n), V(x_label - reference)), m);
-      });
-      reference += static_cast<double>(Lanes<V>::max(m));
-      rest = exponentials(weighted);
+      V m(x_label);
+      const V lowest = m;
+      const auto weighted = weighted_from(0.0);
+      const auto body = [&](int64_t j, auto n) { m = vmax(keep_lanes(n, weighted(j, n), lowest), m); };
+      for_vectors<V>(0, label, body);
+      for_vectors<V>(label + 1, args.num_softmax, body);
+      reference = static_cast<double>(Lanes<V>::max(m));
+      rest = exponentials<true>(weighted_from(reference));
     }
     return rest;
   }
@@ -133,7 +136,7 @@ void softmax_rows(const cpu::SoftmaxArgs& a, int64_t begin, int64_t end, double*
       fill<kGrad>(grad, a.num_softmax, value);
     } else {
       SoftmaxRow<T> softmax(a, row, scratch);
-      const double rest = a.pln == nullptr ? softmax.plain() : softmax.seesaw();
+      const double rest = a.pln == nullptr ? softmax.template plain<true>() : softmax.seesaw();
       a.row_loss[row] = softmax.template finish<kGrad>(rest, scale, grad);
     }
     if (!has_objectness) continue;
