@@ -8,6 +8,9 @@ PYTHON ?= python3.11 python3.12 python3.10 python3 python
 BIN := $(VENV)/bin
 # ninja is in the virtual environment; a relative entry would be lost on the way through pip and ninja.
 export PATH := $(abspath $(BIN)):$(PATH)
+# Idle OpenMP threads that spin take the cores from each other: beside one busy process a training step took 16 times
+# as long.
+export OMP_WAIT_POLICY ?= PASSIVE
 # A compiler error is an error here, not a slower package. With GOL_KERNELS_NO_EXT=1 nothing is compiled.
 ifndef GOL_KERNELS_NO_EXT
 export GOL_KERNELS_FORCE_EXT ?= 1
@@ -30,6 +33,7 @@ test: $(VENV)/extension  ## run the whole test suite (ARGS="-k seesaw": a part o
 
 bench: $(VENV)/extension  ## compare the kernels with eager and compiled PyTorch on this machine
 	$(BIN)/python -m bench
+	$(BIN)/python -m pytest bench/test_microbench.py
 
 lint: $(VENV)/packages  ## ruff, mypy, clang-format
 	$(BIN)/ruff check

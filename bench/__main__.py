@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __doc__ as description
+from . import demo
 from .cases import CASES, COLUMNS, ROWS
 from .measure import MALLOC_MODES, measure
 from .plots import draw
 from .records import ROOT, Row, append, environment, newest_complete, read
-from .report import target_lines, write_readme
+from .report import BEGIN, END, replace_between, tables, target_lines
 
 RECORDS = ROOT / "bench" / "records" / "cpu.jsonl"
+DEMO_RECORDS = RECORDS.with_name("demo.jsonl")
 PLOT = ROOT / "bench" / "plots" / "cpu.png"
 
 
@@ -25,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0; 1 when a provider was refused or a measuring process failed."""
     options = _parser().parse_args(argv)
     if options.command == "readme":
-        write_readme(options.readme, newest_complete(read(options.records), CASES, MALLOC_MODES))
+        speed = newest_complete(read(options.records), CASES, MALLOC_MODES)
+        replace_between(options.readme, BEGIN, END, tables(speed))
+        replace_between(options.readme, demo.BEGIN, demo.END, demo.table(read(options.demo_records)))
+    elif options.command == "demo":
+        append(options.records, [demo.record(run) for run in options.runs])
     elif options.command == "plot":
         draw(options.output, newest_complete(read(options.records), CASES, MALLOC_MODES))
     elif options.command == "worker":
@@ -97,7 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     worker.add_argument("output", type=Path)
     readme = commands.add_parser("readme", help="write the README's tables")
     readme.add_argument("--records", type=Path, default=RECORDS)
+    readme.add_argument("--demo-records", type=Path, default=DEMO_RECORDS)
     readme.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    demo_runs = commands.add_parser("demo", help="record finished runs of the demo")
+    demo_runs.add_argument("runs", type=Path, nargs="+", metavar="RUN_FOLDER")
+    demo_runs.add_argument("--records", type=Path, default=DEMO_RECORDS)
     plot = commands.add_parser("plot", help="draw the newest complete run")
     plot.add_argument("--records", type=Path, default=RECORDS)
     plot.add_argument("--output", type=Path, default=PLOT)

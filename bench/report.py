@@ -128,10 +128,10 @@ def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
 
 
-def write_readme(path: Path, rows: Sequence[Row]) -> None:
-    """Replaces what stands between the markers. Raises: ValueError unless each marker is there once."""
-    text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path}: expected {BEGIN} and then {END}, each once")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{tables(rows)}\n{END}{after}", encoding="utf-8")
+def replace_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Puts ``text`` between two markers of a file. Raises: ValueError unless each is there once, in order."""
+    before = path.read_text(encoding="utf-8")
+    if before.count(begin) != 1 or before.count(end) != 1 or before.index(begin) > before.index(end):
+        raise ValueError(f"{path}: expected {begin} and then {end}, each once")
+    head, tail = before.split(begin)[0], before.split(end)[1]
+    path.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")

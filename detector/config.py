@@ -121,7 +121,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = False
     log_interval: int = 20  # steps between log rows; losses are read from the device, and checked, only then
-    checkpoint_interval: int = 1000  # steps between checkpoints; one is also written after every epoch
+    checkpoint_interval: int = 1000  # steps between checkpoints; one is also written at the end
     init_from: str = ""  # a checkpoint whose weights start this run (not a resume)
 
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import records, report
+from bench import demo, records, report
 from bench.__main__ import main
 from bench.cases import CASES, COLUMNS, LOGIT_RANGE, ROWS, Batch, Case, Form
 from bench.measure import MALLOC_MODES, speed_rows
 from bench.providers import Provider, Refused, check, eager_providers, providers
 from bench.timing import Sample, interleave, quantiles, speed_up
+from detector.config import load_config, save_config
 from gol_kernels import reference
 
 
@@ -195,11 +196,24 @@ def test_targets() -> None:
     assert len(lines) == 10  # five targets of AVX-512, two modes; AVX2 was not measured
 
 
+def _finished_run(folder: Path) -> Path:
+    run = folder / "run"
+    run.mkdir()
+    save_config(load_config("demo", ["seed=4"]), run / "config.yaml")
+    log = [{"step": 20, "loss": 2.0, "step_s": 1.5}, {"step": 30, "loss": 1.0, "step_s": 2.4}, {"eval": {}}]
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    metrics = {"protocol": "LVIS protocol; x", "metrics": {"bbox": {"AP": 0.3}, "segm": {"AP": 0.2}}}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    return run
+
+
 def test_readme_tables_stand_between_the_markers(tmp_path: Path) -> None:
     path, store = tmp_path / "README.md", tmp_path / "cpu.jsonl"
     records.append(store, _rows("1", ratio=12.0) + _rows("2"))
-    path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    arguments = ["readme", "--records", str(store), "--readme", str(path)]
+    demo_store = tmp_path / "demo.jsonl"
+    assert main(["demo", str(_finished_run(tmp_path)), "--records", str(demo_store)]) == 0
+    path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\n{demo.BEGIN}{demo.END}\nafter\n")
+    arguments = ["readme", "--records", str(store), "--readme", str(path), "--demo-records", str(demo_store)]
     assert main(arguments) == 0
     text = path.read_text()
     assert text.startswith("before\n<!--")
@@ -208,6 +222,8 @@ def test_readme_tables_stand_between_the_markers(tmp_path: Path) -> None:
     assert "| Gumbel | 125 | 13.00 |  | **4.00** | 31.2 | 3.2 |" in text
     assert "| Seesaw, all rows foreground | 5.8e-06 |" in text
     assert "commit abc with changes; 2026-01-02" in text
+    assert "Seed 4, 30 steps in 0.9 minutes:" in text  # 20 steps of 1.5 s and 10 of 2.4 s
+    assert "| box | 30.0 |" in text
     main(arguments)
     assert path.read_text() == text
     path.write_text("no markers")

@@ -122,9 +122,6 @@ class Trainer:
             num_workers=config.data.workers,
             pin_memory=True,
         )
-        # Starting a loader draws a seed; from the global stream, a run resumed within an epoch would draw
-        # once more.
-        self.loader.generator = torch.Generator()
         fresh = state is None and not config.train.init_from
         self.model = build_model(config, self.classes, load_weights=fresh).to(process.device)
         if config.train.init_from and state is None:

@@ -1,0 +1,56 @@
+"""The demo's runs as records, and the README's table of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from detector.config import load_config
+from detector.evaluation import format_markdown
+
+from .records import Row, environment
+
+BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
+
+
+def record(run_dir: Path) -> Row:
+    """A finished run folder as one row. Raises: OSError where it is not finished."""
+    config = load_config(run_dir / "config.yaml")
+    evaluation = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
+    log = [json.loads(line) for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [row for row in log if "loss" in row]
+    steps = [row["step"] for row in losses]
+    return environment() | {
+        "kind": "demo",
+        "config": config.name,
+        "loss": config.loss.name,
+        "seed": config.seed,
+        "steps": steps[-1],
+        "train_minutes": sum(
+            row["step_s"] * (row["step"] - before)
+            for row, before in zip(losses, [0, *steps[:-1]], strict=True)
+        )
+        / 60,
+        "protocol": evaluation["protocol"],
+        "metrics": evaluation["metrics"],
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: the newest row of each seed."""
+    newest = {row["seed"]: row for row in rows}
+    parts = []
+    for seed, row in sorted(newest.items()):
+        parts.append(
+            f"Seed {seed}, {row['steps']} steps in {row['train_minutes']:.1f} minutes:\n\n"
+            + format_markdown(row["metrics"])
+        )
+    last = rows[-1]
+    parts.append(
+        f"{last['protocol'].split(';')[0]}. {last['machine']['cpu']}, {last['machine']['cores']} cores; "
+        f"torch {last['versions']['torch']}; commit {last['commit']}"
+        f"{' with changes' if last['dirty'] else ''}. Made by `python -m bench readme` from "
+        "[bench/records/demo.jsonl](bench/records/demo.jsonl)."
+    )
+    return "\n\n".join(parts)
