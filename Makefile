@@ -26,6 +26,8 @@ demo: $(VENV)/extension  ## make a small long-tailed data set, train on it with 
 	$(BIN)/python -m detector make-synthetic $(DEMO_DATA) --config demo --seed $(SEED)
 	$(BIN)/python -m detector train --config demo --output $(DEMO_RUN) --overwrite \
 	    seed=$(SEED) data.root=$(DEMO_DATA)
+	@echo "This was a small made-up set: it shows that the whole path works and learns, not which loss is best."
+	@echo "Look at $(DEMO_RUN)/predictions.png and $(DEMO_RUN)/plots."
 
 test: $(VENV)/extension  ## run the whole test suite (ARGS="-k seesaw": a part of it)
 	$(BIN)/python -m gol_kernels.info
