@@ -165,23 +165,19 @@ template <class V> struct SigmoidLink {
 };
 
 // --- Seesaw reweighting of a softmax (Seesaw Loss, CVPR 2021, eq. 4-8) --------------------------
-// For a row of class y the logit of class j is raised by log M_j + log C_j, both constants:
-//   log M_j = p * min(0, ln n_j - ln n_y)                       mitigation, from counts
-//   log C_j = q * max(0, ln s_j - max(ln s_y, ln eps))          compensation, from scores
-// Here in base 2, with x_j = log2(exp(z_j - max z)) <= 0 and pln_j = p * log2(n_j). With
-// threshold = max(x_y, log2(sum_j 2^x_j) + log2(eps)), the score limit in units of x,
-//   x + q max(0, x - threshold) = max(x, (1+q) x - q threshold).
+// In a row of class y the exponential of class j != y is multiplied by M_j C_j, both constants:
+//   M_j = min(1, (n_j / n_y)^p)                          mitigation, from counts
+//   C_j = max(1, s_j / max(s_y, eps))^q                  compensation, from scores s = softmax(z)
+// Here with x_j = log2(exp(z_j - max z)) <= 0, power_j = n_j^p up to a common factor, and threshold =
+// max(x_y, log2(sum_j 2^x_j) + log2(eps)), the score limit in units of x.
 template <class V> struct SeesawRow {
-  V one_plus_q, minus_q_threshold, pln_y, minus_reference;
+  V inverse_power_y, q, threshold;
 
-  GOL_FN SeesawRow(double q, double threshold, double pln_label, double reference)
-      : one_plus_q(1.0 + q), minus_q_threshold(-q * threshold), pln_y(pln_label + reference),
-        minus_reference(-reference) {}
+  GOL_FN SeesawRow(double power_y, double q_, double threshold_)
+      : inverse_power_y(1.0 / power_y), q(q_), threshold(threshold_) {}
 
-  // log2 of the weighted exponential of class j != y, less the reference.
-  GOL_FN V exponent(V x, V pln) const {
-    return vmax(x, fma(one_plus_q, x, minus_q_threshold)) + vmin(pln - pln_y, minus_reference);
-  }
+  GOL_FN V mitigation(V power) const { return vmin(power * inverse_power_y, V(1.0)); }
+  GOL_FN V compensation(V x) const { return exp2(q * vmax(x - threshold, V(0.0))); }
 };
 
 // --- Philox4x32-10 (Salmon et al., SC 2011), the counter generator of DropLoss -------------------

@@ -1,8 +1,8 @@
 // Loss and gradient of a Bernoulli loss over rows, in one pass.
 //
-// A row without its positive column is one or two stretches of negatives. Every stretch goes through
-// the same loop: load, slope, store, and one multiplication for the loss; the logarithm is taken
-// of the product of up to kLogEvery factors.
+// A row is a stretch of negatives with a hole, its positive column. Whole vectors beside the hole go
+// through a loop of load, slope, store, and one multiplication for the loss; the logarithm is taken of
+// the product of up to kLogEvery factors.
 #pragma once
 
 #include <cmath>
@@ -48,44 +48,53 @@ template <class V> class RowSum {
   int64_t pending_;
 };
 
-// Negatives z[0..count); the gradient is scale * slope. dropped has one bit for each column, and
-// the stretch begins at column first_column. kMasked = false ignores it.
+// All negatives of a row, those of the column `hole` left out; the gradient is scale * slope, and written
+// everywhere but in the hole's place. dropped has one bit for each column; kMasked = false ignores it.
 template <class V, bool kGrad, bool kMasked, class T, class Link>
-GOL_FN void negatives(const Link& link, const T* z, T* grad, int64_t count, V scale, const uint64_t* dropped,
-                      int64_t first_column, RowSum<V>* sum) {
+GOL_FN void negatives(const Link& link, const T* z, T* grad, int64_t count, int64_t hole, V scale,
+                      const uint64_t* dropped, RowSum<V>* sum) {
   using L = Lanes<V>;
   constexpr int W = L::width;
-  const auto* bits = reinterpret_cast<const unsigned char*>(dropped);
   const auto kept = [&](int64_t i) {
     uint64_t word;
-    const int64_t column = first_column + i;
-    std::memcpy(&word, bits + column / 8, sizeof(word));
-    return L::clear_bits(word >> (column % 8));
+    std::memcpy(&word, reinterpret_cast<const unsigned char*>(dropped) + i / 8, sizeof(word));
+    return L::clear_bits(word >> (i % 8));
   };
   const auto only = [](typename L::Mask on, const NegativeTerm<V>& t) {
     return NegativeTerm<V>{select(on, t.linear, V(0.0)), select(on, t.factor, V(1.0)),
                            select(on, t.slope, V(0.0))};
   };
-  int64_t i = 0;
-  while (i + W <= count) {
-    const int64_t whole = (count - i) / W;
+  // n <= W elements from i on, the hole perhaps among them.
+  const auto careful = [&](int64_t i, int n) {
+    auto on = L::first(n);
+    if (hole >= i && hole < i + n) on = L::both(on, L::clear_bits(uint64_t{1} << (hole - i)));
+    if (kMasked) on = L::both(on, kept(i));
+    const NegativeTerm<V> t = only(on, link.negative(L::load(z + i, n)));
+    sum->add(t);
+    sum->added(1);
+    if (kGrad) L::store(grad + i, n, scale * t.slope);
+  };
+  // A store across two cache lines costs twice.
+  const int64_t head = kGrad ? to_alignment<V>(grad) : 0;
+  int64_t i = head < count ? head : count;
+  if (i > 0) careful(0, static_cast<int>(i));
+  while (i < count) {
+    const int64_t stop = hole >= i && hole < count ? hole : count;
+    const int64_t whole = (stop - i) / W;
+    if (whole == 0) {
+      const int n = count - i < W ? static_cast<int>(count - i) : W;
+      careful(i, n);
+      i += n;
+      continue;
+    }
     const int64_t vectors = whole < sum->room() ? whole : sum->room();
-    for (const int64_t stop = i + vectors * W; i < stop; i += W) {
+    for (const int64_t end = i + vectors * W; i < end; i += W) {
       NegativeTerm<V> t = link.negative(L::load(z + i));
       if (kMasked) t = only(kept(i), t);
       sum->add(t);
       if (kGrad) L::store(grad + i, scale * t.slope);
     }
     sum->added(vectors);
-  }
-  if (i < count) {
-    const int rest = static_cast<int>(count - i);
-    auto on = L::first(rest);
-    if (kMasked) on = L::both(on, kept(i));
-    const NegativeTerm<V> t = only(on, link.negative(L::load(z + i, rest)));
-    sum->add(t);
-    sum->added(1);
-    if (kGrad) L::store(grad + i, rest, scale * t.slope);
   }
 }
 
@@ -139,13 +148,8 @@ void bernoulli_rows(const cpu::BernoulliArgs& a, int64_t begin, int64_t end, uin
     const int64_t positive = label < K ? label : K;
     RowSum<V> sum;
     const V grad_scale(scale * link.unit);
-    const auto stretch = [&](int64_t from, int64_t to) {
-      if (dropped == nullptr)
-        negatives<V, kGrad, false>(link, z + from, grad + from, to - from, grad_scale, dropped, from, &sum);
-      else negatives<V, kGrad, true>(link, z + from, grad + from, to - from, grad_scale, dropped, from, &sum);
-    };
-    stretch(0, positive);
-    if (positive < K) stretch(positive + 1, K);
+    if (dropped == nullptr) negatives<V, kGrad, false>(link, z, grad, K, positive, grad_scale, dropped, &sum);
+    else negatives<V, kGrad, true>(link, z, grad, K, positive, grad_scale, dropped, &sum);
     double loss = kLn2 * sum.total();
     if (positive < K) {
       const PositiveTerm<double> t = exact_link.positive(first_element<V>(z + positive));

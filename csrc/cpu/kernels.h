@@ -46,7 +46,9 @@ struct SoftmaxArgs {
   const double* objectness_scale;  // [N], of the objectness term
   double* row_loss;                // [N], unscaled
   double* row_objectness;          // [N], unscaled; null without objectness
-  const void* pln;  // Seesaw: p * log2(n) [num_softmax], float (double for kFloat64); null: plain softmax
+  // Seesaw: n_c^p over its maximum [num_softmax], float (double for kFloat64), at least 2^-60 (2^-900).
+  // Null: plain softmax.
+  const void* power;
   double q, log2_eps;
 };
 
@@ -58,11 +60,11 @@ struct GumbelActivationArgs {
   LinkOptions link_options;
 };
 
-// Rows [begin, end). scratch belongs to the calling thread.
+// Rows [begin, end). scratch belongs to the calling thread and begins at a cache line.
 struct KernelTable {
   const char* name;
   void (*bernoulli)(const BernoulliArgs&, int64_t begin, int64_t end, uint64_t* scratch);  // K/64 + 3 words
-  void (*softmax)(const SoftmaxArgs&, int64_t begin, int64_t end, double* scratch);        // K doubles
+  void (*softmax)(const SoftmaxArgs&, int64_t begin, int64_t end, double* scratch);        // 2 K + 32 doubles
   void (*gumbel_activation)(const GumbelActivationArgs&, int64_t begin, int64_t end);
 };
 

@@ -116,6 +116,7 @@ template <> struct Lanes<Vec> {
     const __m256i hit = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane_bit);
     return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(hit, _mm256_setzero_si256()))};
   }
+  static GOL_FN bool any(Mask m) { return _mm256_movemask_ps(m.v) != 0; }
   static GOL_FN Mask both(Mask a, Mask b) { return {_mm256_and_ps(a.v, b.v)}; }
   static GOL_FN double sum(Vec x) {
     const __m256d d = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x.v)),

@@ -108,6 +108,7 @@ template <> struct Lanes<Vec> {
 
   static GOL_FN Mask first(int n) { return static_cast<Mask>((1u << n) - 1); }
   static GOL_FN Mask clear_bits(uint64_t bits) { return static_cast<Mask>(~bits); }
+  static GOL_FN bool any(Mask m) { return m != 0; }
   static GOL_FN Mask both(Mask a, Mask b) { return a & b; }
   static GOL_FN double sum(Vec x) {
     return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x.v)),

@@ -23,6 +23,7 @@ template <class V> struct Lanes {
   template <class T> static void store(T* p, int, V v) { *p = static_cast<T>(v); }
   static Mask first(int n) { return n > 0; }
   static Mask clear_bits(uint64_t bits) { return (bits & 1) == 0; }
+  static bool any(Mask m) { return m; }
   static Mask both(Mask a, Mask b) { return a && b; }
   static double sum(V v) { return v; }
   static V max(V v) { return v; }

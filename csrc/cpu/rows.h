@@ -53,8 +53,10 @@ template <class Scratch, class Body>
 void parallel_rows(int64_t num_rows, int64_t scratch_size, const Body& body) {
   constexpr int64_t kGrain = 16;  // rows; a row of 1204 columns takes about a microsecond
   at::parallel_for(0, num_rows, kGrain, [&](int64_t begin, int64_t end) {
-    std::vector<Scratch> scratch(scratch_size);
-    body(begin, end, scratch.data());
+    constexpr size_t kLine = 64;  // bytes; scratch begins at a cache line
+    std::vector<Scratch> scratch(scratch_size + kLine / sizeof(Scratch));
+    const auto past = reinterpret_cast<uintptr_t>(scratch.data()) % kLine;
+    body(begin, end, scratch.data() + (past == 0 ? 0 : (kLine - past) / sizeof(Scratch)));
   });
 }
 

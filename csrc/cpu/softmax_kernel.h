@@ -15,16 +15,19 @@ template <class T> struct SoftmaxRow {
   using Number = std::conditional_t<std::is_same_v<T, double>, double, float>;
   const cpu::SoftmaxArgs& args;
   const T* z;
+  T* grad;  // may be null
   int64_t label;
-  Number* exps;  // [num_softmax]: 2^(log2 weight of the column), relative to 2^reference
-  double row_max = 0, x_label = 0, reference = 0;
+  int64_t head;  // columns before the aligned vectors of grad (else of z), and of exps
+  Number* exps;  // [num_softmax]: the weighted exponential of each column, 0 for the label; scratch follows
+  double row_max = 0, x_label = 0;
 
-  GOL_FN SoftmaxRow(const cpu::SoftmaxArgs& a, int64_t row, double* scratch)
-      : args(a), z(static_cast<const T*>(a.logits) + row * a.row_stride), label(a.labels[row]),
-        exps(reinterpret_cast<Number*>(scratch)) {
+  GOL_FN SoftmaxRow(const cpu::SoftmaxArgs& a, int64_t row, T* row_grad, double* scratch)
+      : args(a), z(static_cast<const T*>(a.logits) + row * a.row_stride), grad(row_grad),
+        label(a.labels[row]), head(grad != nullptr ? to_alignment<V>(grad) : to_alignment<V>(z)),
+        exps(reinterpret_cast<Number*>(scratch) + (Lanes<V>::width - head) % Lanes<V>::width) {
     V m(-std::numeric_limits<double>::infinity());
     const V lowest = m;
-    for_vectors<V>(0, a.num_softmax,
+    for_vectors<V>(head, a.num_softmax,
                    [&](int64_t j, auto n) { m = vmax(keep_lanes(n, load_lanes<V>(z + j, n), lowest), m); });
     row_max = static_cast<double>(Lanes<V>::max(m));
     x_label = (first_element<V>(z + label) - row_max) * kLog2E;
@@ -34,71 +37,71 @@ template <class T> struct SoftmaxRow {
     return (load_lanes<V>(z + j, n) - V(row_max)) * V(kLog2E);
   }
 
-  // The sum of 2^exponent over all columns but the label's, which are also written to exps if kKeep.
-  template <bool kKeep, class Exponent> GOL_FN double exponentials(const Exponent& exponent) {
-    return exponentials<kKeep>(0, label, exponent) +
-           exponentials<kKeep>(label + 1, args.num_softmax, exponent);
+  // Writes weight(j, n) to exps, 0 for the label, and returns the sum.
+  template <class Weight> GOL_FN double sum_others(const Weight& weight) {
+    constexpr int kBlock = 16;  // vectors; more fp32 additions in a row would show
+    double total = 0;
+    V sum(0.0);
+    int pending = 0;
+    for_vectors<V>(head, args.num_softmax, [&](int64_t j, auto n) {
+      V e = weight(j, n);
+      if (label >= j && label < j + n)
+        e = select(Lanes<V>::clear_bits(uint64_t{1} << (label - j)), e, V(0.0));
+      store_lanes(exps + j, n, e);
+      sum = sum + keep_lanes(n, e, V(0.0));
+      if (++pending == kBlock) {
+        total += Lanes<V>::sum(sum);
+        sum = V(0.0);
+        pending = 0;
+      }
+    });
+    return total + Lanes<V>::sum(sum);
   }
 
-  template <bool kKeep, class Exponent>
-  GOL_FN double exponentials(int64_t from, int64_t to, const Exponent& exponent) {
-    constexpr int64_t kBlock = 16 * Lanes<V>::width;  // more fp32 additions in a row would show
-    double total = 0;
-    for (int64_t block = from; block < to; block += kBlock) {
-      V sum(0.0);
-      for_vectors<V>(block, block + kBlock < to ? block + kBlock : to, [&](int64_t j, auto n) {
-        const V e = exp2(exponent(j, n));
-        if (kKeep) store_lanes(exps + j, n, e);
-        sum = sum + keep_lanes(n, e, V(0.0));
-      });
-      total += Lanes<V>::sum(sum);
+  GOL_FN double plain() {
+    return sum_others([&](int64_t j, auto n) { return exp2(x(j, n)); });
+  }
+
+  GOL_FN double seesaw() {
+    const double log2_sum = std::log2(plain() + std::exp2(x_label));
+    const double threshold = std::fmax(x_label, log2_sum + args.log2_eps);
+    const auto* power = static_cast<const Number*>(args.power);
+    const SeesawRow<V> factors(static_cast<double>(power[label]), args.q, threshold);
+    const V limit(std::exp2(threshold));
+    // At most 1/eps classes of a row score above the limit: few vectors need the second exponential. They
+    // are listed without a branch, which would be mispredicted for most of them.
+    auto* above = reinterpret_cast<int32_t*>(exps + args.num_softmax);
+    int64_t num_above = 0;
+    double total = sum_others([&](int64_t j, auto n) {
+      const V plain_exp = load_lanes<V>(exps + j, n);
+      above[num_above] = static_cast<int32_t>(j);
+      num_above += Lanes<V>::any(less(limit, plain_exp));
+      return plain_exp * factors.mitigation(load_lanes<V>(power + j, n));
+    });
+    for (int64_t i = 0; i < num_above; ++i) {
+      const int64_t j = above[i];
+      const int64_t end = j < head ? head : j + Lanes<V>::width;
+      const int n = static_cast<int>((end < args.num_softmax ? end : args.num_softmax) - j);
+      const V mitigated = load_lanes<V>(exps + j, n);
+      const V e = mitigated * factors.compensation(x(j, n));
+      store_lanes(exps + j, n, e);
+      total += Lanes<V>::sum(keep_lanes(n, e - mitigated, V(0.0)));
     }
     return total;
   }
 
-  template <bool kKeep> GOL_FN double plain() {
-    return exponentials<kKeep>([&](int64_t j, auto n) { return x(j, n); });
-  }
-
-  GOL_FN double seesaw() {
-    const auto* pln = static_cast<const Number*>(args.pln);
-    const double log2_sum = std::log2(plain<false>() + std::exp2(x_label));
-    const double threshold = std::fmax(x_label, log2_sum + args.log2_eps);
-    const auto weighted_from = [&](double from) {
-      const SeesawRow<V> row(args.q, threshold, static_cast<double>(pln[label]), from);
-      return [this, row, pln](int64_t j, auto n) { return row.exponent(x(j, n), load_lanes<V>(pln + j, n)); };
-    };
-    // No exponent is above q * max(0, 0 - threshold): x <= 0 and mitigation only lowers.
-    reference = args.q * std::fmax(-threshold, 0.0);
-    double rest = exponentials<true>(weighted_from(reference));
-    if (!(rest + std::exp2(x_label - reference) > 1e-20)) {
-      // Mitigation took everything far below the bound: once more, relative to the true maximum.
-      V m(x_label);
-      const V lowest = m;
-      const auto weighted = weighted_from(0.0);
-      const auto body = [&](int64_t j, auto n) { m = vmax(keep_lanes(n, weighted(j, n), lowest), m); };
-      for_vectors<V>(0, label, body);
-      for_vectors<V>(label + 1, args.num_softmax, body);
-      reference = static_cast<double>(Lanes<V>::max(m));
-      rest = exponentials<true>(weighted_from(reference));
-    }
-    return rest;
-  }
-
   // loss = log(1 + rest / e_y), and for the label the gradient -rest / (rest + e_y): neither
   // cancels when the label's probability is close to 1.
-  template <bool kGrad> GOL_FN double finish(double rest, double scale, T* grad) const {
-    const double at_label = std::exp2(x_label - reference);
+  template <bool kGrad> GOL_FN double finish(double rest, double scale) const {
+    const double at_label = std::exp2(x_label);
     const double ratio = scale / (rest + at_label);
     if (kGrad) {
-      const auto body = [&](int64_t j, auto n) {
+      for_vectors<V>(head, args.num_softmax, [&](int64_t j, auto n) {
         store_lanes(grad + j, n, load_lanes<V>(exps + j, n) * V(ratio));
-      };
-      for_vectors<V>(0, label, body);
-      for_vectors<V>(label + 1, args.num_softmax, body);
+      });
       Lanes<V>::store(grad + label, 1, V(-rest * ratio));
     }
-    return at_label > 0 ? std::log1p(rest / at_label) : std::log(rest) - (x_label - reference) * kLn2;
+    return at_label > 0 ? std::log1p(rest / at_label) : std::log(rest) - x_label * kLn2;
   }
 };
 
@@ -135,9 +138,9 @@ void softmax_rows(const cpu::SoftmaxArgs& a, int64_t begin, int64_t end, double*
       a.row_loss[row] = value;
       fill<kGrad>(grad, a.num_softmax, value);
     } else {
-      SoftmaxRow<T> softmax(a, row, scratch);
-      const double rest = a.pln == nullptr ? softmax.template plain<true>() : softmax.seesaw();
-      a.row_loss[row] = softmax.template finish<kGrad>(rest, scale, grad);
+      SoftmaxRow<T> softmax(a, row, grad, scratch);
+      const double rest = a.power == nullptr ? softmax.plain() : softmax.seesaw();
+      a.row_loss[row] = softmax.template finish<kGrad>(rest, scale);
     }
     if (!has_objectness) continue;
     const double objectness_scale = a.objectness_scale[row];

@@ -1,6 +1,7 @@
 // gol_kernels::softmax_{loss,grad}_native and label_counts_native on the CPU.
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "rows.h"
@@ -19,18 +20,26 @@ struct RowLosses {
   std::vector<double> classes, objectness;
 };
 
-// Seesaw's mitigation in units of log2: p * log2(max(n, 1)) for each class.
-template <class Number>
-std::vector<Number> mitigation_table(const char* op, const OptionalTensor& class_counts, double p,
-                                     int64_t c) {
+// What fp32 holds of n^p over its maximum, and of the compensation factor, with room for exponentials; a
+// table or an option beyond it is worked on in fp64.
+constexpr double kMaxBits32 = 60, kMaxBits64 = 900;
+
+double compensation_bits(const Options& o) { return std::fmax(o.q, 0.0) * -std::log2(o.eps); }
+
+// p * log2(max(n, 1)) - its maximum, for each class.
+std::vector<double> power_bits(const char* op, const OptionalTensor& class_counts, double p, int64_t c) {
   TORCH_CHECK_VALUE(class_counts.has_value() && class_counts->dim() == 1 && class_counts->size(0) >= c, op,
                     ": seesaw needs class_counts of [", c, "] or more");
   const at::Tensor counts = class_counts->to(at::kDouble).contiguous();
   const double* n = counts.const_data_ptr<double>();
-  std::vector<Number> table(c);
-  for (int64_t j = 0; j < c; ++j)
-    table[j] = static_cast<Number>(std::fmax(p, 0.0) * std::log2(std::fmax(n[j], 1.0)));
-  return table;
+  std::vector<double> bits(c);
+  double highest = 0;
+  for (int64_t j = 0; j < c; ++j) {
+    bits[j] = std::fmax(p, 0.0) * std::log2(std::fmax(n[j], 1.0));
+    highest = std::fmax(highest, bits[j]);
+  }
+  for (double& b : bits) b = std::fmax(b - highest, -kMaxBits64);
+  return bits;
 }
 
 RowLosses run(const RowArguments& a, const Rows& rows, const std::vector<double>& class_scale,
@@ -53,20 +62,29 @@ RowLosses run(const RowArguments& a, const Rows& rows, const std::vector<double>
   args.q = std::fmax(o.q, 0.0);
   args.log2_eps = std::log2(o.eps);
   const bool fp64 = rows.dtype == DType::kFloat64;
-  std::vector<double> pln64;
-  std::vector<float> pln32;
-  if (o.reweight == "seesaw" && fp64) {
-    pln64 = mitigation_table<double>(a.op, class_counts, o.p, args.num_softmax);
-    args.pln = pln64.data();
-  } else if (o.reweight == "seesaw") {
-    pln32 = mitigation_table<float>(a.op, class_counts, o.p, args.num_softmax);
-    args.pln = pln32.data();
+  std::vector<double> power64;
+  std::vector<float> power32;
+  if (o.reweight == "seesaw") {
+    power64 = power_bits(a.op, class_counts, o.p, args.num_softmax);
+    const double lowest = power64.empty() ? 0 : *std::min_element(power64.begin(), power64.end());
+    if (!fp64 && std::fmax(-lowest, compensation_bits(o)) > kMaxBits32) {
+      const Rows wide{rows.logits.to(at::kDouble), rows.labels, rows.scale, DType::kFloat64};
+      at::Tensor wide_grad = empty_grad(wide, grad != nullptr);
+      losses = run(a, wide, class_scale, objectness_scale, o, class_counts,
+                   grad != nullptr ? &wide_grad : nullptr);
+      if (grad != nullptr) grad->copy_(wide_grad);
+      return losses;
+    }
+    for (double& b : power64) b = std::exp2(b);
+    power32.assign(power64.begin(), power64.end());
+    args.power = fp64 ? static_cast<const void*>(power64.data()) : power32.data();
   } else {
     TORCH_CHECK_VALUE(o.reweight == "none", a.op, ": unknown reweight '", o.reweight, "'");
   }
   const KernelTable& table = fp64 ? kGenericKernels : kernels();
-  parallel_rows<double>(
-      n, k, [&](int64_t begin, int64_t end, double* scratch) { table.softmax(args, begin, end, scratch); });
+  parallel_rows<double>(n, 2 * k + 32, [&](int64_t begin, int64_t end, double* scratch) {
+    table.softmax(args, begin, end, scratch);
+  });
   return losses;
 }
 

@@ -9,12 +9,19 @@
 namespace gol {
 inline namespace GOL_ISA {
 
-// Calls body(column, lanes in use) over [from, to); only the last call may have fewer lanes.
-template <class V, class Body> GOL_FN void for_vectors(int64_t from, int64_t to, const Body& body) {
+// Calls body(column, lanes in use) over [0, count): first `head` < W columns, then whole vectors, then the
+// rest. A whole vector has its number of lanes as a type, so that the body is compiled without masks.
+template <class V, class Body> GOL_FN void for_vectors(int64_t head, int64_t count, const Body& body) {
   constexpr int W = Lanes<V>::width;
-  int64_t j = from;
-  for (; j + W <= to; j += W) body(j, std::integral_constant<int, W>());
-  if (j < to) body(j, static_cast<int>(to - j));
+  int64_t j = head < count ? head : count;
+  if (j > 0) body(int64_t{0}, static_cast<int>(j));
+  for (; j + W <= count; j += W) body(j, std::integral_constant<int, W>());
+  if (j < count) body(j, static_cast<int>(count - j));
+}
+// Columns before the first one at which a vector does not cross a cache line (of AVX-512; a half of AVX2).
+template <class V, class T> GOL_FN int64_t to_alignment(const T* p) {
+  constexpr int W = Lanes<V>::width;
+  return (W - static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) / sizeof(T) % W)) % W;
 }
 // A vector of p[0..n), the other lanes zero; a full vector where n is the width by its type.
 template <class V, class T, int W> GOL_FN V load_lanes(const T* p, std::integral_constant<int, W>) {
