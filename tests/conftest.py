@@ -29,31 +29,33 @@ def runnable_capabilities() -> list[str]:
 
 
 _RUNNABLE = runnable_capabilities()
-_IMPLEMENTATIONS = ["reference"] + [f"native-{name}" for name in CAPABILITIES]
+_NATIVE = [f"native-{name}" for name in CAPABILITIES]
 
 
-@pytest.fixture(params=_IMPLEMENTATIONS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend by name; the native one once for each instruction set."""
-    name, _, capability = request.param.partition("-")
-    if name == "reference":
-        yield name
+def _implementation(name: str) -> Iterator[str]:
+    backend, _, capability = name.partition("-")
+    if backend == "reference":
+        yield backend
         return
     if capability not in _RUNNABLE:
         pytest.skip(f"no native {capability} kernels here")
     extension = native.extension()
     before = extension.cpu_capability()
     extension.set_cpu_capability(capability)
-    yield name
+    yield backend
     extension.set_cpu_capability(before)
 
 
-@pytest.fixture
-def native_backend(backend: str) -> str:
-    """As ``backend``, without the reference."""
-    if backend == "reference":
-        pytest.skip("the reference is what this is compared with")
-    return backend
+@pytest.fixture(params=["reference", *_NATIVE])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend by name; the native one once for each instruction set."""
+    yield from _implementation(request.param)
+
+
+@pytest.fixture(params=_NATIVE)
+def native_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As ``backend``, without the reference: for what is compared with it."""
+    yield from _implementation(request.param)
 
 
 @pytest.fixture(autouse=True)

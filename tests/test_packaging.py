@@ -256,11 +256,12 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(tree: Path, hook: str, *, torch: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs one hook of the build backend as pip does, into tree/dist."""
     path = {} if torch else {"PYTHONPATH": str(tree.parent / "no_torch")}
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("GOL_KERNELS_")}
     code = f"from setuptools import build_meta; build_meta.{hook}('dist')"
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=tree,
-        env={**os.environ, **path, **env},
+        env={**outside, **path, **env},
         capture_output=True,
         text=True,
         check=False,
