@@ -102,7 +102,7 @@ def gumbel_loss(
         clip: z is clamped to it. None: no clamp (z/T below -80 counts as -80, with its slope).
         outside: slope beyond the clip: "zero", or "straight_through", the slope at its edge.
         max_loss: clamp of the reduced loss to [0, max_loss]; above it the gradient is 0.
-        compat: "gol" reproduces the released code: its dead zone (losses.py of ``released``), and
+        compat: "gol" reproduces the released code: its dead zone (see ``gol_kernels.released``), and
             without ``reweight`` its cap of the reduced loss at 20.
         validate: raise on labels out of range; default on a CPU. Where it is off, such a row's loss and
             gradient are NaN.
