@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from setuptools import Extension, setup
+from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
@@ -26,10 +26,6 @@ COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "
 
 def is_set(name: str) -> bool:
     return os.environ.get(name, "") not in ("", "0")
-
-
-def sources(*patterns: str) -> list[str]:
-    return sorted(path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern))
 
 
 def find_cuda_home(wheels: Path) -> str:
@@ -43,27 +39,22 @@ def find_cuda_home(wheels: Path) -> str:
     return os.path.realpath(top[1]) if top else ""
 
 
-def obstacles(torch: ModuleType | None, compiler: str | None, cuda_home: str) -> tuple[str, str]:
-    """What keeps the extension, and its CUDA kernels, from being built; "" where nothing does."""
-    ext = cuda = ""
-    if is_set("GOL_KERNELS_NO_EXT"):
-        ext = "GOL_KERNELS_NO_EXT is set"
-    elif torch is None:
-        ext = "torch cannot be imported at build time (install it first, then use pip's --no-build-isolation)"
-    elif not compiler:
-        ext = "there is no C++ compiler (looked for $CXX, else c++)"
-    elif is_set("GOL_KERNELS_NO_CUDA"):
-        cuda = "GOL_KERNELS_NO_CUDA is set"
-    elif not sources("csrc/cuda/*.cu"):
-        cuda = "csrc/cuda has no sources"
-    elif not torch.version.cuda:
-        cuda = f"torch {torch.__version__} is not a CUDA build"
-    elif not cuda_home:
-        cuda = "there is no nvcc (looked in $CUDA_HOME, $CUDA_PATH, $PATH, /usr/local/cuda, nvidia wheels)"
-    for name, reason in (("EXT", ext), ("CUDA", ext or cuda)):
-        if reason and is_set(f"GOL_KERNELS_FORCE_{name}"):
-            raise SystemExit(f"gol_kernels: GOL_KERNELS_FORCE_{name} is set, but {reason}")
-    return ext, ext or cuda
+def check(part: str, torch: ModuleType | None, compiler: str | None, cuda_home: str) -> None:
+    """Raises RuntimeError with the reason why EXT (the extension), or CUDA (its kernels), cannot be built."""
+    reasons = {
+        "GOL_KERNELS_NO_EXT is set": is_set("GOL_KERNELS_NO_EXT"),
+        "torch cannot be imported at build time (install it first, then use --no-build-isolation)": not torch,
+        "there is no C++ compiler (looked for $CXX, else c++)": not compiler,
+    }
+    if part == "CUDA":
+        reasons |= {
+            "GOL_KERNELS_NO_CUDA is set": is_set("GOL_KERNELS_NO_CUDA"),
+            "csrc/cuda has no sources": not any(ROOT.glob("csrc/cuda/*.cu")),
+            "torch is not a CUDA build": not (torch and torch.version.cuda),
+            "there is no nvcc (in $CUDA_HOME, $CUDA_PATH, $PATH, /usr/local/cuda, wheels)": not cuda_home,
+        }
+    for reason in filter(reasons.get, reasons):
+        raise RuntimeError(reason)
 
 
 def cuda_archs(torch: ModuleType) -> str:
@@ -73,23 +64,23 @@ def cuda_archs(torch: ModuleType) -> str:
     return os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(archs) + "+PTX"
 
 
-def make_extension(archs: str, wheels: Path) -> Extension:
-    """The extension with CUDA kernels for `archs`, or without any for ""."""
-    from torch.utils.cpp_extension import CppExtension, CUDAExtension, include_paths
+def compile_options(archs: str, wheels: Path) -> dict[str, object]:
+    """Arguments of `setup` that build the extension with CUDA kernels for `archs`, or without any for ""."""
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, include_paths
 
     # The wheels' headers come last: only those that the toolkit lacks (cusparse.h, ...) are taken from there.
     headers = [*include_paths("cuda"), *map(str, wheels.glob("*/include"))] if archs else include_paths()
     system = [flag for folder in headers for flag in ("-isystem", folder)]
     optimise = ["-O0", "-g", "-UNDEBUG"] if is_set("DEBUG") else ["-O3"]
     openmp = ["-fopenmp"] if sys.platform == "linux" else []  # without it at::parallel_for is silently serial
+    cxx, nvcc = (shlex.split(os.environ.get(name, "")) for name in ("CXXFLAGS", "NVCC_FLAGS"))
     # -g0 first: the interpreter's own flags may hold -g.
-    cxx = ["-g0", *optimise, *openmp, "-Wall", "-Wextra", "-fvisibility=hidden", *system]
-    nvcc = [*optimise, "-Xcompiler=-fvisibility=hidden", *system]
-    cxx += shlex.split(os.environ.get("CXXFLAGS", ""))
-    nvcc += shlex.split(os.environ.get("NVCC_FLAGS", ""))
+    cxx = ["-g0", *optimise, *openmp, "-Wall", "-Wextra", "-fvisibility=hidden", *system, *cxx]
+    nvcc = [*optimise, "-Xcompiler=-fvisibility=hidden", *system, *nvcc]
+    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu", "csrc/cuda/*.cpp"] if archs else [])]
     extension = (CUDAExtension if archs else CppExtension)(
         "gol_kernels._C",
-        sources("csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu", "csrc/cuda/*.cpp"] if archs else [])),
+        sorted(path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("GOL_WITH_CUDA", None), ("GOL_CUDA_ARCHS", f'"{archs}"')] if archs else [],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
@@ -97,33 +88,12 @@ def make_extension(archs: str, wheels: Path) -> Extension:
     )
     if archs and not any(Path(folder, "libcudart.so").exists() for folder in extension.library_dirs):
         extension.libraries.remove("cudart")  # the wheels have libcudart.so.N, but not the link name
-        extension.extra_link_args = openmp + [str(path) for path in wheels.glob("*/lib/libcudart.so.*")]
-    return extension
+        extension.extra_link_args += map(str, wheels.glob("*/lib/libcudart.so.*"))
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
 
-def build_command(archs: str, wheels: Path) -> type:
-    """build_ext that tries with CUDA kernels, then without, and then leaves a pure Python package."""
-    from torch.utils.cpp_extension import BuildExtension
-
-    class BuildWithFallback(BuildExtension):
-        def build_extensions(self) -> None:
-            for attempt in dict.fromkeys((archs, "")):
-                # Changed in place, because setuptools keeps attributes of its own on this object.
-                vars(self.extensions[0]).update(vars(make_extension(attempt, wheels)))
-                try:
-                    return super().build_extensions()
-                except Exception as error:  # compilers, ninja and torch's version checks: each raises its own
-                    if is_set("GOL_KERNELS_FORCE_CUDA" if attempt else "GOL_KERNELS_FORCE_EXT"):
-                        raise
-                    left_out = "the CUDA kernels" if attempt else "the extension (as pure Python)"
-                    print(f"gol_kernels: WARNING: installing without {left_out}: {error}", flush=True)
-            self.extensions.clear()
-
-    return BuildWithFallback
-
-
-def compile_options() -> dict[str, object]:
-    """Arguments with which `setup` compiles the extension, none where it is left out. Prints the decision."""
+def build() -> None:
+    """Runs `setup` with CUDA kernels, else without them, else as pure Python; prints which, and why."""
     try:
         import torch
     except (ImportError, OSError):
@@ -131,22 +101,24 @@ def compile_options() -> dict[str, object]:
     wheels = Path(torch.__file__).parents[1] / "nvidia" if torch else Path()
     compiler = shutil.which(shlex.split(os.environ.get("CXX") or "c++")[0])
     cuda_home = find_cuda_home(wheels)
-    no_ext, no_cuda = obstacles(torch, compiler, cuda_home)
-    archs = "" if no_cuda else cuda_archs(torch)
-    ext = f"no, {no_ext}" if no_ext else f"yes, torch {torch.__version__}, {compiler}"
-    cuda = f"no, {no_cuda}" if no_cuda else f"yes, torch's CUDA {torch.version.cuda}, {cuda_home}, {archs}"
-    print(f"gol_kernels: extension: {ext}\ngol_kernels: CUDA kernels: {cuda}", flush=True)
-    if archs:
-        os.environ.update(CUDA_HOME=cuda_home, TORCH_CUDA_ARCH_LIST=archs)  # for torch.utils.cpp_extension
-    if no_ext:
-        return {}
-    command = build_command(archs, wheels)  # which fills in the sources and flags
-    return {"ext_modules": [Extension("gol_kernels._C", [])], "cmdclass": {"build_ext": command}}
+    for part, name in (("CUDA", "CUDA kernels"), ("EXT", "extension")):
+        try:
+            check(part, torch, compiler, cuda_home)
+            archs = cuda_archs(torch) if part == "CUDA" else ""
+            if archs:  # read when torch.utils.cpp_extension is imported
+                os.environ.update(CUDA_HOME=cuda_home, TORCH_CUDA_ARCH_LIST=archs)
+            print(f"gol_kernels: {name}: yes, torch {torch.__version__}, {compiler} {archs}", flush=True)
+            return setup(**compile_options(archs, wheels))
+        except (Exception, SystemExit) as error:  # compilers, ninja, torch's version checks: each its own
+            if is_set(f"GOL_KERNELS_FORCE_{part}"):
+                raise SystemExit(f"gol_kernels: GOL_KERNELS_FORCE_{part} is set, but {error}") from error
+            print(f"gol_kernels: {name}: no, {error}", flush=True)
+    if {"editable_wheel", "--inplace"} & set(sys.argv):
+        for outdated in ROOT.glob("gol_kernels/_C*.so"):
+            outdated.unlink()
+    setup()
 
 
 if __name__ == "__main__":
     # Metadata and the source distribution must not depend on this machine.
-    distribution = setup(**compile_options() if COMPILING & set(sys.argv) else {})
-    if {"editable_wheel", "--inplace"} & set(sys.argv) and not distribution.ext_modules:
-        for outdated in ROOT.glob("gol_kernels/_C*.so"):
-            outdated.unlink()
+    build() if COMPILING & set(sys.argv) else setup()

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parents[1]
 SWITCHES = [f"GOL_KERNELS_{word}_{part}" for word in ("NO", "FORCE") for part in ("EXT", "CUDA")]
@@ -54,66 +56,136 @@ def add_source(name: str, root: Path) -> None:
 COMPLETE = {"torch": fake_torch(), "compiler": "/usr/bin/c++", "cuda_home": "/cuda"}
 
 
+def obstacle(script: ModuleType, part: str, **lacking: object) -> str:
+    """Why a machine that lacks only this does not build EXT or CUDA; "" where it does."""
+    try:
+        script.check(part, **{**COMPLETE, **lacking})
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 class TestDecision:
     @pytest.fixture(autouse=True)
     def _cuda_source(self, tmp_path: Path) -> None:
         add_source("csrc/cuda/loss.cu", tmp_path)
 
     def test_nothing_is_left_out_of_a_complete_machine(self, script: ModuleType) -> None:
-        assert script.obstacles(**COMPLETE) == ("", "")
+        assert obstacle(script, "EXT") == obstacle(script, "CUDA") == ""
 
     @pytest.mark.parametrize(
         ("lacking", "word"),
         [({"torch": None}, "torch cannot be imported"), ({"compiler": None}, "no C++ compiler")],
     )
     def test_pure_python(self, script: ModuleType, lacking: dict, word: str) -> None:
-        no_ext, no_cuda = script.obstacles(**{**COMPLETE, **lacking})
-        assert word in no_ext
-        assert no_cuda == no_ext
+        assert word in obstacle(script, "EXT", **lacking)
+        assert obstacle(script, "CUDA", **lacking) == obstacle(script, "EXT", **lacking)
 
     @pytest.mark.parametrize(
         ("lacking", "word"),
         [({"torch": fake_torch(cuda=None)}, "not a CUDA build"), ({"cuda_home": ""}, "no nvcc")],
     )
     def test_cpu_kernels_only(self, script: ModuleType, lacking: dict, word: str) -> None:
-        no_ext, no_cuda = script.obstacles(**{**COMPLETE, **lacking})
-        assert no_ext == ""
-        assert word in no_cuda
+        assert obstacle(script, "EXT", **lacking) == ""
+        assert word in obstacle(script, "CUDA", **lacking)
 
     def test_no_cuda_sources(self, script: ModuleType, tmp_path: Path) -> None:
         (tmp_path / "csrc/cuda/loss.cu").unlink()
-        assert script.obstacles(**COMPLETE) == ("", "csrc/cuda has no sources")
+        assert obstacle(script, "EXT") == ""
+        assert obstacle(script, "CUDA") == "csrc/cuda has no sources"
 
     @pytest.mark.parametrize(("value", "left_out"), [("1", True), ("yes", True), ("0", False), ("", False)])
     def test_no_switches(
         self, script: ModuleType, monkeypatch: pytest.MonkeyPatch, value: str, left_out: bool
     ) -> None:
         monkeypatch.setenv("GOL_KERNELS_NO_CUDA", value)
-        assert script.obstacles(**COMPLETE) == ("", "GOL_KERNELS_NO_CUDA is set" if left_out else "")
+        assert obstacle(script, "EXT") == ""
+        assert obstacle(script, "CUDA") == ("GOL_KERNELS_NO_CUDA is set" if left_out else "")
         monkeypatch.setenv("GOL_KERNELS_NO_EXT", value)
-        assert script.obstacles(**COMPLETE) == (("GOL_KERNELS_NO_EXT is set",) * 2 if left_out else ("", ""))
+        for part in ("EXT", "CUDA"):
+            assert obstacle(script, part) == ("GOL_KERNELS_NO_EXT is set" if left_out else "")
+
+
+class TestAttempts:
+    """What `build` tries in turn, with `setup` only noted down."""
+
+    @pytest.fixture
+    def runs(self, script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+        """What each `setup` was to build: for which CUDA architectures, "" for none, or "pure" Python."""
+        found: list[str] = []
+        add_source("csrc/cuda/loss.cu", tmp_path)
+        monkeypatch.setattr(sys, "argv", ["setup.py", "bdist_wheel"])
+        monkeypatch.setitem(os.environ, "CUDA_HOME", "")  # restores both after `build` has set them
+        monkeypatch.setitem(os.environ, "TORCH_CUDA_ARCH_LIST", "9.0")
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(script, "find_cuda_home", lambda wheels: "/cuda")
+        monkeypatch.setattr(script, "compile_options", lambda archs, wheels: {"archs": archs})
+        monkeypatch.setattr(script, "setup", lambda archs="pure": found.append(archs))
+        return found
+
+    def test_a_complete_machine_builds_with_cuda_kernels_once(
+        self, script: ModuleType, runs: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        script.build()
+        assert runs == ["9.0"]
+        assert os.environ["CUDA_HOME"] == "/cuda"
+        assert capsys.readouterr().out.startswith(
+            f"gol_kernels: CUDA kernels: yes, torch {torch.__version__}"
+        )
+
+    @pytest.mark.parametrize("error", [RuntimeError("bad nvcc"), SystemExit("bad nvcc")])
+    def test_a_build_that_fails_is_followed_by_the_next(
+        self,
+        script: ModuleType,
+        runs: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        error: BaseException,
+    ) -> None:
+        noted = script.setup
+
+        def fail(archs: str = "pure") -> None:
+            noted(archs)
+            if archs != "pure":
+                raise error
+
+        monkeypatch.setattr(script, "setup", fail)
+        script.build()
+        assert runs == ["9.0", "", "pure"]
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if "yes" not in line] == [
+            "gol_kernels: CUDA kernels: no, bad nvcc",
+            "gol_kernels: extension: no, bad nvcc",
+        ]
 
     @pytest.mark.parametrize(
-        ("switch", "lacking"),
+        ("switch", "lacking", "tried"),
         [
-            ("GOL_KERNELS_FORCE_EXT", {"compiler": None}),
-            ("GOL_KERNELS_FORCE_CUDA", {"compiler": None}),
-            ("GOL_KERNELS_FORCE_CUDA", {"cuda_home": ""}),
+            ("GOL_KERNELS_FORCE_EXT", "which", []),
+            ("GOL_KERNELS_FORCE_CUDA", "which", []),
+            ("GOL_KERNELS_FORCE_CUDA", "find_cuda_home", []),
+            ("GOL_KERNELS_FORCE_EXT", "find_cuda_home", [""]),  # content without CUDA
         ],
     )
     def test_force_switches_name_the_obstacle(
-        self, script: ModuleType, monkeypatch: pytest.MonkeyPatch, switch: str, lacking: dict
+        self,
+        script: ModuleType,
+        runs: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+        switch: str,
+        lacking: str,
+        tried: list[str],
     ) -> None:
         monkeypatch.setenv(switch, "1")
-        assert script.obstacles(**COMPLETE) == ("", "")
-        with pytest.raises(SystemExit, match=f"{switch} is set, but there is no"):
-            script.obstacles(**{**COMPLETE, **lacking})
-
-    def test_force_ext_is_content_without_cuda(
-        self, script: ModuleType, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("GOL_KERNELS_FORCE_EXT", "1")
-        assert script.obstacles(**{**COMPLETE, "cuda_home": ""})[0] == ""
+        script.build()
+        assert runs.pop() == "9.0"
+        monkeypatch.setattr(script.shutil if lacking == "which" else script, lacking, lambda name: "")
+        if tried:
+            script.build()
+        else:
+            with pytest.raises(SystemExit, match=f"{switch} is set, but there is no"):
+                script.build()
+        assert runs == tried
 
 
 class TestArchitectures:
@@ -180,7 +252,9 @@ class TestExtension:
 
     def test_cpu(self, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CXXFLAGS", "-DNAME='two words' -O1")
-        extension = script.make_extension("", tmp_path)
+        options = script.compile_options("", tmp_path)
+        assert issubclass(options["cmdclass"]["build_ext"], cpp_extension.BuildExtension)
+        (extension,) = options["ext_modules"]
         assert extension.name == "gol_kernels._C"
         assert extension.sources == ["csrc/cpu/a.cpp", "csrc/cpu/b.cpp", "csrc/ops.cpp"]
         assert extension.define_macros == []
@@ -192,21 +266,20 @@ class TestExtension:
 
     @pytest.mark.skipif(sys.platform != "linux", reason="OpenMP is used on Linux only")
     def test_openmp_is_compiled_and_linked(self, script: ModuleType, tmp_path: Path) -> None:
-        extension = script.make_extension("", tmp_path)
+        (extension,) = script.compile_options("", tmp_path)["ext_modules"]
         assert "-fopenmp" in extension.extra_compile_args["cxx"]
         assert "-fopenmp" in extension.extra_link_args
 
     def test_debug(self, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("DEBUG", "1")
-        flags = script.make_extension("", tmp_path).extra_compile_args["cxx"]
+        (extension,) = script.compile_options("", tmp_path)["ext_modules"]
+        flags = extension.extra_compile_args["cxx"]
         assert "-O3" not in flags
         assert flags.index("-g0") < flags.index("-g")
 
     @pytest.fixture
     def toolkit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         """An empty toolkit, and wheels with a runtime library under its versioned name only."""
-        from torch.utils import cpp_extension
-
         home = tmp_path / "kit"
         for name in ("kit/lib64", "kit/include", "nvidia/cu13/include", "nvidia/cu13/lib"):
             (tmp_path / name).mkdir(parents=True)
@@ -218,7 +291,7 @@ class TestExtension:
         self, script: ModuleType, tmp_path: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("NVCC_FLAGS", "-lineinfo")
-        extension = script.make_extension("9.0+PTX", tmp_path / "nvidia")
+        (extension,) = script.compile_options("9.0+PTX", tmp_path / "nvidia")["ext_modules"]
         assert extension.sources[-2:] == ["csrc/cuda/k.cu", "csrc/ops.cpp"]
         assert dict(extension.define_macros) == {"GOL_WITH_CUDA": None, "GOL_CUDA_ARCHS": '"9.0+PTX"'}
         flags = extension.extra_compile_args["nvcc"]
@@ -230,11 +303,11 @@ class TestExtension:
         self, script: ModuleType, tmp_path: Path, toolkit: Path
     ) -> None:
         runtime = str(tmp_path / "nvidia/cu13/lib/libcudart.so.13")
-        extension = script.make_extension("9.0", tmp_path / "nvidia")
+        (extension,) = script.compile_options("9.0", tmp_path / "nvidia")["ext_modules"]
         assert "cudart" not in extension.libraries
         assert runtime in extension.extra_link_args
         (toolkit / "lib64/libcudart.so").touch()
-        extension = script.make_extension("9.0", tmp_path / "nvidia")
+        (extension,) = script.compile_options("9.0", tmp_path / "nvidia")["ext_modules"]
         assert "cudart" in extension.libraries
         assert runtime not in extension.extra_link_args
 
@@ -253,11 +326,13 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "tree"
 
 
-def build(tree: Path, hook: str, *, torch: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs one hook of the build backend as pip does, into tree/dist."""
+def build(
+    tree: Path, hook: str, *, torch: bool = False, dist: str = "dist", **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs one hook of the build backend as pip does, into a folder of the tree."""
     path = {} if torch else {"PYTHONPATH": str(tree.parent / "no_torch")}
     outside = {name: value for name, value in os.environ.items() if not name.startswith("GOL_KERNELS_")}
-    code = f"from setuptools import build_meta; build_meta.{hook}('dist')"
+    code = f"from setuptools import build_meta; build_meta.{hook}({dist!r})"
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=tree,
@@ -282,7 +357,7 @@ def test_a_wheel_without_the_extension_holds_the_python_files(wheel: Path) -> No
     expected = {
         path.relative_to(ROOT).as_posix()
         for package in ("gol_kernels", "detector")
-        for suffix in ("py", "yaml", "typed")
+        for suffix in ("py", "yaml", "md", "typed")
         for path in (ROOT / package).rglob(f"*.{suffix}")
     }
     assert set(packages) == expected
@@ -319,13 +394,16 @@ def test_without_torch_the_wheel_is_pure_and_says_why(tree: Path) -> None:
 
 
 def test_a_failing_compiler_leaves_pure_python_unless_forced(tree: Path) -> None:
-    done = build(tree, "build_wheel", torch=True, CXX="false")
+    done = build(tree, "build_wheel", torch=True, dist="fallen_back", CXX="false")
     assert done.returncode == 0, done.stderr
     assert "extension: yes" in done.stdout
-    assert "WARNING: installing without the extension" in done.stdout
-    (path,) = set((tree / "dist").glob("*.whl")) - set((tree / "dist").glob("*-py3-none-any.whl"))
+    assert "extension: no, " in done.stdout
+    (path,) = (tree / "fallen_back").glob("*.whl")
+    assert path.name.endswith("-py3-none-any.whl")
     assert not any(name.endswith(".so") for name in zipfile.ZipFile(path).namelist())
-    assert build(tree, "build_wheel", torch=True, CXX="false", GOL_KERNELS_FORCE_EXT="1").returncode != 0
+    done = build(tree, "build_wheel", torch=True, CXX="false", GOL_KERNELS_FORCE_EXT="1")
+    assert done.returncode != 0
+    assert "GOL_KERNELS_FORCE_EXT is set, but " in done.stderr
 
 
 def test_an_outdated_extension_does_not_outlive_a_build_without_one(tree: Path) -> None:
