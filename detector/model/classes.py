@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 import gol_kernels as gk
 
 if TYPE_CHECKING:
@@ -31,8 +33,8 @@ class ClassTable:
             names=list(annotations.category_names),
             frequency=list(annotations.category_frequency),
             stats=gk.ClassStats(
-                image_count=annotations.image_count,
-                instance_count=annotations.instance_count,
+                image_count=torch.as_tensor(annotations.image_count),
+                instance_count=torch.as_tensor(annotations.instance_count),
                 num_images=annotations.num_images_with_annotations,
             ),
         )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
-
 import gol_kernels as gk
 from detector.config import LossConfig
+from gol_kernels.losses import LongTailLoss
 
 # GOL = DropLoss with the Gumbel link, GOL* = EQL with it (Alexandridis et al., ECCV 2022).
-_LOSSES: dict[str, Callable[[LossConfig, gk.ClassStats, int], nn.Module]] = {
+_LOSSES: dict[str, Callable[[LossConfig, gk.ClassStats, int], LongTailLoss]] = {
     "softmax": lambda config, stats, classes: gk.SoftmaxLoss(classes),
     "sigmoid": lambda config, stats, classes: gk.SigmoidLoss(classes),
     "gumbel": lambda config, stats, classes: gk.GumbelLoss(classes),
@@ -22,6 +21,6 @@ _LOSSES: dict[str, Callable[[LossConfig, gk.ClassStats, int], nn.Module]] = {
 }
 
 
-def build_loss(config: LossConfig, stats: gk.ClassStats) -> nn.Module:
+def build_loss(config: LossConfig, stats: gk.ClassStats) -> LongTailLoss:
     """The loss module `config.name` for the classes counted in `stats`."""
     return _LOSSES[config.name](config, stats, len(stats.image_count))

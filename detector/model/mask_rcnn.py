@@ -1,22 +1,24 @@
-"""Mask R-CNN (He et al. 2017) from torchvision's parts, with the classification loss injected."""
+"""Mask R-CNN (He et al. 2017), Cascade Mask R-CNN (Cai & Vasconcelos 2019) and Hybrid Task Cascade without
+its semantic branch (Chen et al. 2019) from torchvision's parts, with the classification loss injected."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from detector.config import Config, ModelConfig
 from detector.model.backbone import build_backbone
 from detector.model.classes import ClassTable
 from detector.model.losses import build_loss
-from detector.model.predictors import BoxPredictor, MaskPredictor
-from detector.model.roi_heads import DetectionSettings, RoIHeads, RoiSampler, Target
+from detector.model.postprocess import DetectionSettings
+from detector.model.predictors import BoxPredictor, MaskHead, MaskPredictor
+from detector.model.roi_heads import CASCADE, RoIHeads, Stage
+from detector.model.rois import RoiSampler, Target
+from detector.model.rpn import ProposalNetwork, build_rpn
+from detector.model.sampling import with_generators
 
 PIXEL_MEAN = (
     123.675,
@@ -29,14 +31,6 @@ BOX_POOL, MASK_POOL = 7, 14
 SAMPLING_RATIO = 2  # RoIAlign samples per bin and axis, as torchvision
 
 
-class _RPNHead(RPNHead):
-    """torchvision's head with float32 results: in bfloat16 a box at pixel 800 is rounded to 4 pixels."""
-
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        logits, deltas = super().forward(x)
-        return [level.float() for level in logits], [level.float() for level in deltas]
-
-
 class MaskRCNN(nn.Module):
     """train mode: model(images, targets) -> dict of scalar losses. eval mode: model(images) -> list of
     detections.
@@ -45,10 +39,13 @@ class MaskRCNN(nn.Module):
     in the pixels of the image given.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
         self,
         backbone: nn.Module,
-        rpn: RegionProposalNetwork,
+        rpn: ProposalNetwork,
         roi_heads: RoIHeads,
         *,
         channels_last: bool = False,
@@ -60,25 +57,27 @@ class MaskRCNN(nn.Module):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
-        self.to(memory_format=self.memory_format)
+        self.to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def forward(
         self, images: list[Tensor], targets: list[Target] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         if self.training and targets is None:
             raise ValueError("MaskRCNN in training mode needs targets")
+        if self.training:
+            targets = with_generators(targets, self.pixel_mean.device)
         batch = self._batch(images)
         features = self.backbone(batch.tensors)
         proposals, rpn_losses = self.rpn(batch, features, targets if self.training else None)
         # RoIAlign infers its scales from image sides; only the padded ones are exact multiples of the
         # strides.
         padded = [tuple(batch.tensors.shape[-2:])] * len(images)
-        if not self.training:
+        if not self.training or targets is None:
             return self.roi_heads.detect(features, proposals, padded, batch.image_sizes)
         return {
             "loss_rpn_cls": rpn_losses["loss_objectness"],
             "loss_rpn_box": rpn_losses["loss_rpn_box_reg"],
-            **self.roi_heads.training_losses(features, proposals, padded, targets),
+            **self.roi_heads.training_losses(features, proposals, padded, batch.image_sizes, targets),
         }
 
     def _batch(self, images: list[Tensor]) -> ImageList:
@@ -97,52 +96,48 @@ def build_model(config: Config, classes: ClassTable, *, load_weights: bool = Tru
 
     `load_weights=False` skips the pretrained backbone, for a caller that loads a checkpoint right after.
     """
-    backbone = build_backbone(config.model, load_weights=load_weights)
+    backbone = build_backbone(config.model, load_pretrained=load_weights)
     levels = [str(level) for level in range(5 - config.model.first_level)]
-    rpn = _build_rpn(config.model, backbone.out_channels)
+    rpn = build_rpn(config.model, backbone.out_channels)
     roi_heads = _build_roi_heads(config, classes, backbone.out_channels, levels)
-    return MaskRCNN(backbone, rpn, roi_heads, channels_last=config.train.channels_last)
-
-
-def _build_rpn(model: ModelConfig, channels: int) -> RegionProposalNetwork:
-    anchors = AnchorGenerator(
-        sizes=tuple((size,) for size in model.anchor_sizes),
-        aspect_ratios=(model.anchor_ratios,) * len(model.anchor_sizes),
-    )
-    return RegionProposalNetwork(
-        anchors,
-        _RPNHead(channels, anchors.num_anchors_per_location()[0]),
-        fg_iou_thresh=0.7,
-        bg_iou_thresh=0.3,
-        batch_size_per_image=model.rpn_rois,
-        positive_fraction=0.5,
-        pre_nms_top_n={"training": model.pre_nms_train, "testing": model.pre_nms_test},
-        post_nms_top_n={"training": model.post_nms_train, "testing": model.post_nms_test},
-        nms_thresh=0.7,
-    )
+    model = MaskRCNN(backbone, rpn, roi_heads, channels_last=config.train.channels_last)
+    if config.model.trainable == "classifier":
+        model.requires_grad_(False)
+        for stage in roi_heads:
+            stage.box_predictor.classifier.requires_grad_(True)
+    return model
 
 
 def _build_roi_heads(config: Config, classes: ClassTable, channels: int, levels: list[str]) -> RoIHeads:
-    model, num_classes = config.model, classes.num_classes
-    loss = build_loss(config.loss, classes.stats)
+    model = config.model
 
     def pool(size: int) -> MultiScaleRoIAlign:
         return MultiScaleRoIAlign(levels, size, SAMPLING_RATIO, canonical_scale=model.canonical_size)
 
-    box_head = TwoMLPHead(channels * BOX_POOL**2, model.box_head_width)
-    for layer in (box_head.fc6, box_head.fc7):
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
+    number = 1 if model.architecture == "mask_rcnn" else len(CASCADE)
+    stages = [_build_stage(config, classes, channels, k) for k in range(number)]
     return RoIHeads(
-        num_classes=num_classes,
-        loss=loss,
-        loss_weight=config.loss.weight,
-        sampler=RoiSampler(num_classes, model.rois_per_image, model.positive_fraction),
+        stages,
+        box_pool=pool(BOX_POOL),
+        mask_pool=pool(MASK_POOL),
         settings=DetectionSettings(
             config.eval.score_threshold, config.eval.nms_threshold, config.eval.max_detections
         ),
-        box_pool=pool(BOX_POOL),
-        box_head=box_head,
+        scores=stages[0].loss.activation,
+        interleaved=model.architecture == "htc",
+    )
+
+
+def _build_stage(config: Config, classes: ClassTable, channels: int, number: int) -> Stage:
+    model, num_classes, settings = config.model, classes.num_classes, CASCADE[number]
+    loss = build_loss(config.loss, classes.stats)
+    width = model.mask_head_width
+    return Stage(
+        settings,
+        sampler=RoiSampler(num_classes, model.rois_per_image, model.positive_fraction, settings.iou),
+        loss=loss,
+        loss_weight=config.loss.weight,
+        box_head=_build_box_head(model, channels),
         box_predictor=BoxPredictor(
             model.box_head_width,
             num_classes,
@@ -150,9 +145,16 @@ def _build_roi_heads(config: Config, classes: ClassTable, channels: int, levels:
             class_agnostic=model.class_agnostic_boxes,
             normed=model.normed_classifier,
         ),
-        mask_pool=pool(MASK_POOL),
-        mask_head=MaskRCNNHeads(channels, [model.mask_head_width] * model.mask_head_layers, dilation=1),
-        mask_predictor=MaskPredictor(
-            model.mask_head_width, model.mask_head_width, num_classes, normed=model.normed_mask
+        mask_head=MaskHead(
+            channels, width, model.mask_head_layers, flow=model.architecture == "htc" and number > 0
         ),
+        mask_predictor=MaskPredictor(width, width, num_classes, normed=model.normed_mask),
     )
+
+
+def _build_box_head(model: ModelConfig, channels: int) -> TwoMLPHead:
+    head = TwoMLPHead(channels * BOX_POOL**2, model.box_head_width)
+    for layer in (head.fc6, head.fc7):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return head

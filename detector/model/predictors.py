@@ -1,12 +1,14 @@
-"""The last layers of the box head and of the mask head."""
+"""The mask head and the last layers of both heads."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
 import gol_kernels as gk
+from gol_kernels.losses import LongTailLoss
 
 TEMPERATURE = 20.0  # of the cosine predictors, as in Seesaw Loss and GOL
 
@@ -19,7 +21,7 @@ class BoxPredictor(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, num_classes: int, loss: nn.Module, *, class_agnostic: bool, normed: bool
+        self, in_channels: int, num_classes: int, loss: LongTailLoss, *, class_agnostic: bool, normed: bool
     ) -> None:
         super().__init__()
         if normed:
@@ -38,6 +40,29 @@ class BoxPredictor(nn.Module):
         return self.classifier(features), deltas.float().view(len(features), -1, 4)
 
 
+class MaskHead(nn.Module):
+    """The 3x3 convolutions of Mask R-CNN; with `flow` they also see what the mask head before them made.
+
+    forward: (pooled [P, channels, S, S], before [P, width, S, S] or None) -> features [P, width, S, S].
+    `flow` is the mask information flow of Hybrid Task Cascade (Chen et al. 2019, section 3.1): the features
+    of the head before pass a 1x1 convolution, with a ReLU like all others, and are added to the pooled ones.
+    Without `flow`, `before` is not looked at.
+    """
+
+    def __init__(self, channels: int, width: int, layers: int, *, flow: bool) -> None:
+        super().__init__()
+        self.layers = MaskRCNNHeads(channels, [width] * layers, dilation=1)
+        self.flow = nn.Conv2d(width, channels, kernel_size=1) if flow else None
+        if self.flow is not None:
+            nn.init.kaiming_normal_(self.flow.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(self.flow.get_parameter("bias"))
+
+    def forward(self, pooled: Tensor, before: Tensor | None) -> Tensor:
+        if self.flow is not None and before is not None:
+            pooled = pooled + F.relu(self.flow(before))
+        return self.layers(pooled)
+
+
 class MaskPredictor(nn.Module):
     """Deconvolution and a 1x1 predictor with one channel per class, of which only the asked one is computed.
 
@@ -50,20 +75,20 @@ class MaskPredictor(nn.Module):
         super().__init__()
         self.upsample = nn.ConvTranspose2d(in_channels, width, kernel_size=2, stride=2)
         if normed:
-            self.logits: nn.Module = gk.NormedConv2d(
+            self.logits: nn.Conv2d = gk.NormedConv2d(
                 width, num_classes, kernel_size=1, temperature=TEMPERATURE
             )
         else:
             self.logits = nn.Conv2d(width, num_classes, kernel_size=1)
             nn.init.kaiming_normal_(self.logits.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(self.logits.bias)
+            nn.init.zeros_(self.logits.get_parameter("bias"))
         nn.init.kaiming_normal_(self.upsample.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.upsample.bias)
+        nn.init.zeros_(self.upsample.get_parameter("bias"))
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         features = F.relu(self.upsample(features))
         weight = self.logits.weight.flatten(1).index_select(0, labels)  # [P, width]
-        bias = self.logits.bias.index_select(0, labels)[:, None, None]
+        bias = self.logits.get_parameter("bias").index_select(0, labels)[:, None, None]
         planes = (
             torch.bmm(weight[:, None], features.flatten(2)).view(len(features), *features.shape[2:]).float()
         )

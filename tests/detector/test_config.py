@@ -13,8 +13,12 @@ def test_every_preset_loads_and_carries_its_own_name():
     assert {"mask_rcnn_r50_fpn_1x", "mask_rcnn_r50_fpn_2x", "lvis_v1_gol", "lvis_v1_seesaw", "demo"} <= set(
         presets()
     )
-    for preset in presets():
-        assert load_config(preset).name == preset
+    assert "gol/gumbel_r50_1x_rfs" in presets(rows=True)
+    assert set(presets()) == {name for name in presets(rows=True) if "/" not in name}
+    for preset in presets(rows=True):
+        config = load_config(preset)
+        assert config.name == preset
+        assert config.run_dir.as_posix() == f"runs/{preset}"
 
 
 def test_base_file_and_override_win_in_that_order(tmp_path):
@@ -28,13 +32,15 @@ def test_base_file_and_override_win_in_that_order(tmp_path):
     assert config.loss.name == "gol_star"
     assert config.data.min_sizes == (320, 352)
     assert config.model == load_config("lvis_v1_gol").model
+    assert config.name == "mine"  # its own, not its base's
 
 
 def test_base_is_found_beside_the_file(tmp_path):
     (tmp_path / "parent.yaml").write_text("seed: 41\n", encoding="utf-8")
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "child.yaml").write_text("base: ../parent.yaml\nname: child\n", encoding="utf-8")
-    assert load_config(tmp_path / "sub" / "child.yaml").seed == 41
+    (tmp_path / "sub" / "child.yaml").write_text("base: ../parent.yaml\nname: heir\n", encoding="utf-8")
+    child = load_config(tmp_path / "sub" / "child.yaml")
+    assert (child.seed, child.name) == (41, "heir")
 
 
 def test_saved_configuration_reads_back_equal(tmp_path):
@@ -65,6 +71,8 @@ def test_saved_configuration_reads_back_equal(tmp_path):
         ("train.lr", "must look like section.key=value"),
         ("train.milestones=[11, 8]", "must ascend"),
         ("model.first_level=2", "needs one size per pyramid level, 4"),
+        ("model.architecture=htc", "needs model.class_agnostic_boxes=true"),
+        ("model.backbone=resnext101_32x16d", "did you mean resnext101_32x"),
         ("train.batch_size=0", "train.batch_size must be positive"),
         ("data.min_sizes=[", "not valid YAML"),
     ],
@@ -87,6 +95,8 @@ def test_bad_file_is_named(tmp_path):
         load_config(path)
     with pytest.raises(ConfigError, match="did you mean lvis_v1_gol"):
         load_config("lvis_v1_goll")
+    with pytest.raises(ConfigError, match="did you mean gol/gumbel_r101_1x_random"):
+        load_config("gol/gumbel_r102_1x_random")
 
 
 def test_exponent_without_a_dot_is_a_number():
