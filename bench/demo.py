@@ -7,21 +7,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detector.config import load_config
+from detector.engine.run_folder import CONFIG, LOG, METRICS, read_environment
 from detector.evaluation import format_markdown
 
-from .records import Row, environment
+from .records import Row, named
 
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 
 
 def record(run_dir: Path) -> Row:
-    """A finished run folder as one row. Raises: OSError where it is not finished."""
-    config = load_config(run_dir / "config.yaml")
-    evaluation = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
-    log = [json.loads(line) for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    """A finished run folder as one row; commit, versions and machine are those that trained it.
+
+    Raises: OSError where the run is not finished, ValueError where it was continued by another commit.
+    """
+    starts = read_environment(run_dir)
+    commits = sorted({str(start["commit"]) for start in starts})
+    if len(commits) > 1:
+        raise ValueError(
+            f"{run_dir} was trained by {len(commits)} commits, expected one: {', '.join(commits)}"
+        )
+    config = load_config(run_dir / CONFIG)
+    evaluation = json.loads((run_dir / METRICS).read_text(encoding="utf-8"))
+    log = [json.loads(line) for line in (run_dir / LOG).read_text(encoding="utf-8").splitlines()]
     losses = [row for row in log if "loss" in row]
     steps = [row["step"] for row in losses]
-    return environment() | {
+    return named(starts[-1]) | {
+        "dirty": any(start["dirty"] for start in starts),
         "kind": "demo",
         "config": config.name,
         "loss": config.loss.name,

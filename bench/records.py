@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,45 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def environment() -> Row:
     """What every row of a run shares."""
-    now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
-    report = info.report()
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    return {
-        "run": now.strftime("%Y%m%dT%H%M%SZ"),
-        "date": now.isoformat(),
-        "commit": commit,
-        "dirty": None if commit is None else bool(_git("status", "--porcelain")),
-        "versions": {**report["versions"], "compiler": report["build"]["compiler"]},
-        "machine": {
-            "cpu": cpu_model(),
-            "cores": os.cpu_count(),
-            "platform": f"{platform.system()} {platform.machine()}",
-            "gpus": report["machine"]["gpus"],
-        },
-    }
+    return named(info.environment())
 
 
-def cpu_model() -> str:
-    """Name, family and model as Linux knows them, else what Python knows."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = {}
-    for line in text.split("\n\n")[0].splitlines():
-        key, _, value = line.partition(":")
-        facts[key.strip()] = value.strip()
-    if "model name" not in facts:
-        return platform.machine()
-    return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')})"
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        answer = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
+def named(facts: Row) -> Row:
+    """The facts of `info.environment`, and in front the run's name: its date, YYYYmmddTHHMMSSZ."""
+    date = datetime.datetime.fromisoformat(facts["date"])
+    return {"run": date.strftime("%Y%m%dT%H%M%SZ"), **facts}
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:

@@ -59,11 +59,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _exit_code(error: Exception) -> int | None:
     """None for what is a fault of the program and deserves its traceback."""
     from detector.data.dataset import ImageError
+    from detector.engine.distributed import LostProcess
     from detector.engine.train import Interrupted
 
     if isinstance(error, Interrupted):
         return KILLED_BY + error.signum
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, (FloatingPointError, LostProcess)):
         return FAILED
     return BAD_INPUT if isinstance(error, (ValueError, OSError, ImageError)) else None
 
@@ -158,6 +159,7 @@ def _add_evaluate(commands: Commands) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from detector.data.annotations import LvisAnnotations
     from detector.engine.infer import evaluate_run
     from detector.engine.report import print_evaluation
     from detector.evaluation import run_evaluation
@@ -165,6 +167,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.results:
         if not options.annotations or options.overrides or options.output:
             raise ConfigError("--results needs --annotations, and takes no --output and no overrides")
+        LvisAnnotations.from_file(
+            options.annotations
+        )  # names what is broken; the judge takes all as it comes
         print_evaluation(run_evaluation(options.annotations, options.results))
         return 0
     evaluate_run(options.run, options.overrides, options.output)

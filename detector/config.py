@@ -3,14 +3,13 @@ overrides.
 
 The defaults are Mask R-CNN ResNet-50-FPN on LVIS v1 with the 1x schedule. A YAML file may name another one (a
 preset or a path relative to itself) under ``base:``; later statements win: defaults < base < file <
-overrides.
+overrides. A file that states no ``name:`` gives its own: a preset's is its path below configs/.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-PRESETS = Path(__file__).parent / "configs"
+PRESETS = Path(__file__).resolve().parent / "configs"
 
 
 class ConfigError(ValueError):
@@ -55,14 +54,24 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Mask R-CNN on a ResNet with a feature pyramid."""
+    """Mask R-CNN or a cascade of it, on a ResNet or ResNeXt with a feature pyramid."""
 
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
-    weights: str = (
-        "imagenet"  # "imagenet" (torchvision's IMAGENET1K_V1), "none", or a file with a ResNet state dict
-    )
+    # htc: Hybrid Task Cascade without the semantic branch; both cascades have three stages
+    architecture: Literal["mask_rcnn", "cascade_mask_rcnn", "htc"] = "mask_rcnn"
+    backbone: Literal[
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnext101_32x4d",
+        "resnext101_32x8d",
+        "resnext101_64x4d",
+    ] = "resnet50"
+    # of the backbone: "imagenet" (torchvision's IMAGENET1K_V1), another of its names, "none", or a file
+    weights: str = "imagenet"
     norm: Literal["frozen_bn", "gn"] = "frozen_bn"  # gn (32 groups) learns from scratch, at any batch size
-    trainable_stages: int = 3  # stages that learn, counted from the last; 5 = everything
+    trainable_stages: int = 3  # stages of the backbone that learn, counted from the last; 5 = all
+    trainable: Literal["all", "classifier"] = "all"  # classifier: the second phase of decoupled training
     first_level: int = 1  # first ResNet stage given to the pyramid: 1 = stride 4, 2 = stride 8
     fpn_channels: int = 256
     anchor_sizes: tuple[int, ...] = (
@@ -120,15 +129,19 @@ class TrainConfig:
     clip_grad_norm: float = 0.0  # 0 turns clipping off
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = False
-    log_interval: int = 20  # steps between log rows; losses are read from the device, and checked, only then
+    on_bad_loss: Literal["stop", "skip"] = "stop"  # at a loss that is not finite or above max_loss
+    max_loss: float = 1e4  # of one step and process; a healthy loss is below 100
+    log_interval: int = 20  # steps between log rows
     checkpoint_interval: int = 1000  # steps between checkpoints; one is also written at the end
+    timeout: float = 30.0  # minutes that one process may let the others wait before the run ends
     init_from: str = ""  # a checkpoint whose weights start this run (not a resume)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How images are turned into detections, and how these are judged."""
+    """How images are turned into detections, and how and when these are judged."""
 
+    interval: int = 0  # epochs between evaluations, or steps with train.max_steps; 0 = only at the end
     score_threshold: float = 1e-4  # strict
     nms_threshold: float = 0.5
     max_detections: int = 300  # per image over all classes
@@ -184,12 +197,20 @@ def _check_values(config: Config) -> None:
             f"model.first_level={model.first_level}, got {len(model.anchor_sizes)}",
         ),
         (model.norm != "gn" or model.fpn_channels % 32 == 0, "model.fpn_channels must be a multiple of 32"),
+        (
+            model.architecture == "mask_rcnn" or model.class_agnostic_boxes,
+            f"model.architecture={model.architecture} refines one box for all classes: it needs "
+            f"model.class_agnostic_boxes=true",
+        ),
         (0 < model.positive_fraction <= 1, "model.positive_fraction must lie in (0, 1]"),
         (train.batch_size > 0, "train.batch_size must be positive"),
         (train.epochs > 0 or train.max_steps > 0, "train.epochs or train.max_steps must be positive"),
+        (train.max_loss > 0, "train.max_loss must be positive"),
+        (train.timeout > 0, "train.timeout must be positive"),
         (train.log_interval > 0, "train.log_interval must be positive"),
         (train.checkpoint_interval > 0, "train.checkpoint_interval must be positive"),
         (list(train.milestones) == sorted(train.milestones), "train.milestones must ascend"),
+        (config.eval.interval >= 0, "eval.interval must not be negative"),
         (config.eval.max_detections > 0, "eval.max_detections must be positive"),
     ]
     for holds, message in rules:
@@ -239,8 +260,15 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
 
 
-def presets() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+def presets(*, rows: bool = False) -> list[str]:
+    """Names of the presets; with `rows` also of those in folders, one for each row of a paper's tables."""
+    return sorted(map(_name_of, PRESETS.rglob("*.yaml") if rows else PRESETS.glob("*.yaml")))
+
+
+def _name_of(path: Path) -> str:
+    """What a file is called that does not say it."""
+    inside = path.is_relative_to(PRESETS)
+    return path.relative_to(PRESETS).with_suffix("").as_posix() if inside else path.stem
 
 
 def _find(source: str | Path, folder: Path) -> Path:
@@ -248,8 +276,9 @@ def _find(source: str | Path, folder: Path) -> Path:
         if path.is_file():
             return path
     raise ConfigError(
-        f"no configuration {str(source)!r}: neither a file nor a preset{_nearest(str(source), presets())}; "
-        f"presets: {', '.join(presets())}"
+        f"no configuration {str(source)!r}: neither a file nor a preset"
+        f"{_nearest(str(source), presets(rows=True))}; presets: {', '.join(presets())}, and those "
+        f"in {PRESETS / 'README.md'}"
     )
 
 
@@ -269,6 +298,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(tree).__name__}")
     base = tree.pop("base", None)
+    tree.setdefault("name", _name_of(path))
     try:
         _build(Config, tree, prefix="", partial=True)
     except ConfigError as error:
@@ -340,7 +370,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     return value
 
 
-def _name(hint: type | types.UnionType) -> str:
+def _name(hint: Any) -> str:
     return {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(hint, str(hint))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +23,9 @@ from gol_kernels import backends
 HOW_TO_BUILD = "with torch and a C++ compiler there, in a checkout: pip install --no-build-isolation -v ."
 
 
-def _triton() -> str | None:
+def _version(package: str) -> str | None:
     try:
-        return metadata.version("triton")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
@@ -46,9 +48,69 @@ def _gpus() -> list[str]:
     return [f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus]
 
 
+def _cpu_model() -> str:
+    """Name, family and model as Linux knows them, else what Python knows."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    facts = {key.strip(): value.strip() for key, _, value in lines}
+    if "model name" not in facts:
+        return platform.machine()
+    return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')})"
+
+
+def _git(*arguments: str) -> str | None:
+    """git's answer about the checkout that this package lies in; None where it does not."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # installed: git would answer for whatever is around it
+        return None
+    try:
+        answer = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
+
+
 def _choice(op: str, device: str) -> dict[str, str]:
     backend, reason = backends.choose(op, device)
     return {"backend": backend, "reason": reason}
+
+
+def _versions() -> dict[str, str | None]:
+    return {
+        "gol_kernels": gol_kernels.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "driver": _driver(),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    return {"cpu": _cpu_model(), "cores": os.cpu_count(), "gpus": _gpus()}
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """Where and with what a record is made, as JSON-ready values.
+
+    Keys: ``date`` (UTC), ``commit`` and ``dirty`` (of the checkout that runs; None for an installed package),
+    ``versions`` (also of the compiler and of ``packages``; None for what is missing), ``machine``.
+    """
+    commit, changes = _git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0).isoformat(),
+        "commit": commit,
+        "dirty": None if changes is None else bool(changes),
+        "versions": {
+            **_versions(),
+            "compiler": gol_kernels.build_info()["compiler"],
+            **{package: _version(package) for package in packages},
+        },
+        "machine": {**_machine(), "platform": f"{platform.system()} {platform.machine()}"},
+    }
 
 
 def report() -> dict[str, Any]:
@@ -58,23 +120,11 @@ def report() -> dict[str, Any]:
     ``backends`` (name -> None or the reason why it is not usable) and
     ``ops`` (op -> device -> ``{"backend", "reason"}``, for "cpu" and, where torch sees a GPU, "cuda").
     """
-    gpus = _gpus()
-    devices = ("cpu", "cuda") if gpus else ("cpu",)
+    machine = _machine()
+    devices = ("cpu", "cuda") if machine["gpus"] else ("cpu",)
     return {
-        "versions": {
-            "gol_kernels": gol_kernels.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "triton": _triton(),
-            "driver": _driver(),
-        },
-        "machine": {
-            "platform": platform.platform(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpus": gpus,
-        },
+        "versions": _versions(),
+        "machine": {**machine, "platform": platform.platform(), "threads": torch.get_num_threads()},
         "build": gol_kernels.build_info(),
         "backends": backends.status(),
         "ops": {op: {device: _choice(op, device) for device in devices} for op in backends.OPS},
@@ -104,9 +154,10 @@ def format_report(facts: dict[str, Any]) -> str:
     general = [
         ("gol_kernels", versions["gol_kernels"]),
         ("python", f"{versions['python']}, {machine['platform']}"),
-        ("torch", f"{versions['torch']}, {cuda}, {machine['threads']} threads on {machine['cpus']} CPUs"),
+        ("torch", f"{versions['torch']}, {cuda}, {machine['threads']} threads on {machine['cores']} cores"),
         ("triton", versions["triton"] or "not installed"),
         ("driver", versions["driver"] or "none found"),
+        ("CPU", machine["cpu"]),
         *(("GPU", gpu) for gpu in gpus),
     ]
     usable = [(name, reason or "usable") for name, reason in facts["backends"].items()]

@@ -20,7 +20,7 @@ from bench.measure import MALLOC_MODES, speed_rows
 from bench.providers import Provider, Refused, check, eager_providers, providers
 from bench.timing import Sample, interleave, quantiles, speed_up
 from detector.config import load_config, save_config
-from gol_kernels import reference
+from gol_kernels import info, reference
 
 
 def _eager(form: Form) -> Provider:
@@ -204,6 +204,9 @@ def _finished_run(folder: Path) -> Path:
     (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     metrics = {"protocol": "LVIS protocol; x", "metrics": {"bbox": {"AP": 0.3}, "segm": {"AP": 0.2}}}
     (run / "metrics.json").write_text(json.dumps(metrics))
+    start = {**info.environment(), "date": "2026-01-02T03:04:05+00:00", "commit": "0123abc", "dirty": False}
+    resumed = {**start, "date": "2026-01-03T03:04:05+00:00", "dirty": True}
+    (run / "environment.json").write_text(json.dumps([start, resumed]))
     return run
 
 
@@ -224,11 +227,20 @@ def test_readme_tables_stand_between_the_markers(tmp_path: Path) -> None:
     assert "commit abc with changes; 2026-01-02" in text
     assert "Seed 4, 30 steps in 0.9 minutes:" in text  # 20 steps of 1.5 s and 10 of 2.4 s
     assert "| box | 30.0 |" in text
+    assert "commit 0123abc with changes. Made by" in text  # that of the training, not of this moment
     main(arguments)
     assert path.read_text() == text
     path.write_text("no markers")
     with pytest.raises(ValueError, match="each once"):
         main(arguments)
+
+
+def test_a_demo_of_two_commits_is_not_recorded(tmp_path: Path) -> None:
+    run = _finished_run(tmp_path)
+    first, second = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps([first, {**second, "commit": "4567def"}]))
+    with pytest.raises(ValueError, match="trained by 2 commits, expected one: 0123abc, 4567def"):
+        demo.record(run)
 
 
 def test_plot(tmp_path: Path) -> None:

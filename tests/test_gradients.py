@@ -83,6 +83,17 @@ def test_float32_error(native_backend: str, case: Case, shape: tuple[int, int]) 
     assert relative_l2(loss, expected_loss) <= 1e-6
 
 
+@pytest.mark.parametrize(("q", "eps"), [(0.5, 1e-30), (1.0, 1e-2), (3.0, 1e-4)])
+def test_seesaw_float32_error_of_other_exponents(native_backend: str, q: float, eps: float) -> None:
+    """The paper's q = 2 is squared; any other takes an exponential."""
+    case = BY_NAME["seesaw"]
+    logits, labels = case.inputs(33, 1203)
+    expected_loss, expected = truth(case, logits, labels, q=q, eps=eps)
+    loss, grad = loss_and_grad(lambda z: case.loss(z, labels, q=q, eps=eps, backend=native_backend), logits)
+    assert relative_l2(grad, expected) <= 2e-7
+    assert relative_l2(loss, expected_loss) <= 1e-6
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.released], ids=lambda c: c.name)
 @pytest.mark.parametrize("spread", [1.0, 2.0])
 def test_never_worse_than_released(native_backend: str, case: Case, spread: float) -> None:

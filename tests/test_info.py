@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -44,7 +46,7 @@ def test_the_command_prints_the_report_of_this_machine() -> None:
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["versions"]["cuda"] == torch.version.cuda
     assert facts["versions"]["gol_kernels"] == gol_kernels.__version__
-    assert facts["machine"]["cpus"] == os.cpu_count()
+    assert facts["machine"]["cores"] == os.cpu_count()
     assert facts["build"] == gol_kernels.build_info()
     assert facts["backends"] == backends.status()
     assert tuple(facts["ops"]) == backends.OPS
@@ -61,7 +63,7 @@ def test_text_names_the_reasons(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr(backends, "OPS", ("bernoulli_loss", "label_counts"))
     monkeypatch.setattr(backends, "choose", lambda op, device: ("reference", f"no {op} on {device}"))
     monkeypatch.setattr(info, "_gpus", lambda: ["NVIDIA H200, sm_90, 140 GiB"])
-    monkeypatch.setattr(info, "_triton", lambda: None)
+    monkeypatch.setattr(info, "_version", lambda package: None)
     monkeypatch.setattr(info, "_driver", lambda: "580.1")
     assert info.main([]) == 0
     text = capsys.readouterr().out
@@ -94,6 +96,40 @@ def test_text_names_what_was_built(
         "  CPU kernels   avx2, with OpenMP",
         "  CUDA kernels  for 9.0+PTX",
     ]
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=x", "-c", "user.email=x"]
+    return subprocess.run(
+        ["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_the_environment_names_the_commit_of_its_own_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "checkout/gol_kernels"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(info, "__file__", str(package / "info.py"))
+    git(tmp_path, "init", "-q")  # a repository around it, as around an environment's site-packages
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "not this one")
+    facts = info.environment("torchvision", "no_such_package")
+    assert (facts["commit"], facts["dirty"]) == (None, None)
+
+    git(package.parent, "init", "-q")
+    git(package.parent, "commit", "-q", "--allow-empty", "-m", "this one")
+    (package / "info.py").touch()
+    facts = info.environment("torchvision", "no_such_package")
+    assert facts["commit"] == git(package.parent, "rev-parse", "HEAD")[:12]
+    assert facts["dirty"] is True
+    git(package.parent, "add", "-A")
+    git(package.parent, "commit", "-q", "-m", "clean")
+    assert info.environment()["dirty"] is False
+    assert facts["versions"]["torchvision"] == metadata.version("torchvision")
+    assert facts["versions"]["no_such_package"] is None
+    assert facts["versions"]["compiler"] == gol_kernels.build_info()["compiler"]
+    assert set(facts["machine"]) == {"cpu", "cores", "gpus", "platform"}
+    json.dumps(facts)
 
 
 @pytest.mark.parametrize(

@@ -309,7 +309,7 @@ def _relative_path(image: dict[str, Any]) -> bytes:
         raise _Fault("it has neither 'file_name' nor 'coco_url'")
     name = str(name)
     readings = (PurePosixPath(name), PureWindowsPath(name))
-    if not readings[0].name or any(path.anchor or ".." in path.parts for path in readings):
+    if not readings[0].name or "\0" in name or any(p.anchor or ".." in p.parts for p in readings):
         raise _Fault(f"the image path {_show(name)} must be relative and stay below the image folder")
     try:
         return name.encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -10,7 +11,7 @@ import numpy as np
 
 from detector.data.annotation_reader import AnnotationError, Problem, read_columns
 from detector.data.annotations import LvisAnnotations
-from detector.data.dataset import ImageError, read_image
+from detector.data.dataset import ImageError, image_path, read_image
 
 SHOWN = 10  # problems and missing images named in the text
 
@@ -33,7 +34,7 @@ class Report:
     num_outside: int = 0  # boxes that reach over the image's border by more than a pixel
     images_per_folder: dict[str, int] = field(default_factory=dict)
     missing_images: list[str] = field(default_factory=list)
-    broken_images: list[str] = field(default_factory=list)  # filled only if images are decoded
+    broken_images: list[str] = field(default_factory=list)  # not decodable, if it was tried; or behind a link
     decoded: bool = False
     problems: list[Problem] = field(default_factory=list)
 
@@ -83,13 +84,13 @@ def _check_images(annotations: LvisAnnotations, image_root: Path, report: Report
     for i in range(len(annotations)):
         record = annotations.image(i)
         folders[str(PurePosixPath(record.file_name).parent)] += 1
-        if not (image_root / record.file_name).is_file():
-            report.missing_images.append(record.file_name)
-        elif report.decoded:
-            try:
+        try:
+            if not os.path.isfile(image_path(image_root, record)):
+                report.missing_images.append(record.file_name)
+            elif report.decoded:
                 read_image(image_root, record)
-            except ImageError as error:
-                report.broken_images.append(str(error))
+        except ImageError as error:
+            report.broken_images.append(str(error))
     report.images_per_folder = dict(sorted(folders.items()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class LvisDataset(Dataset[Sample]):
       boxes float32 [M, 4] xyxy, clipped to the image; labels int64 [M]; masks InstanceMasks of length M;
       annotation_ids int64 [M]; crowd bool [M]; image_id, image_index int; original_size (height, width) of
       the file; scale (sx, sy) and flipped, how the image was made from the original: flipped first, then
-      scaled; neg_labels, not_exhaustive_labels int64.
+      scaled; neg_labels, not_exhaustive_labels int64; seed int, the sample's.
 
     In training, crowd regions and boxes without area are left out. All chance comes from the sample's seed,
     so a sample is the same in whichever worker it is made. Raises ImageError.
@@ -57,7 +58,7 @@ class LvisDataset(Dataset[Sample]):
         index, seed = ref if isinstance(ref, tuple) else SampleRef(int(ref), 0)
         record = self.annotations.image(index)
         image = read_image(self.image_root, record)
-        target = self._target(index, record)
+        target = {**self._target(index, record), "seed": seed}
         if self.transform is None:
             return image, target
         return self.transform(image, target, np.random.default_rng(seed))
@@ -87,9 +88,23 @@ class LvisDataset(Dataset[Sample]):
         }
 
 
+def image_path(image_root: Path, record: ImageRecord) -> Path:
+    """Where an image lies. Raises ImageError where a link leads out of the image folder (itself may be one).
+
+    Neither the names in an annotation file are to be trusted, nor what was unpacked with it.
+    """
+    path = image_root / record.file_name
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(image_root)):
+        raise ImageError(
+            f"{path} (image {record.image_id}) is behind a link that leads out of {image_root}: set "
+            f"data.images to where the images really are"
+        )
+    return path
+
+
 def read_image(image_root: Path, record: ImageRecord) -> torch.Tensor:
     """Decode an image as uint8 RGB [3, H, W], turned as its EXIF orientation says. Raises ImageError."""
-    path = image_root / record.file_name
+    path = image_path(image_root, record)
     try:
         with Image.open(path) as file:
             pixels = np.array(ImageOps.exif_transpose(file).convert("RGB"))

@@ -15,9 +15,13 @@ import torch.distributed as dist
 from detector.config import ConfigError
 
 # Rank 0 judges the results while the others wait, which takes minutes on LVIS.
-TIMEOUT = timedelta(hours=2)
+PATIENCE = timedelta(hours=12)
 
 T = TypeVar("T")
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run has ended, or keeps this one waiting for too long."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +31,19 @@ class Process:
     rank: int
     world_size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None  # in which a wait may take hours
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank. Runs on the CPU, so it never waits for the GPU."""
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether it is set on some rank. Runs on the CPU, so it never waits for the GPU."""
         if self.world_size == 1:
-            return flag
-        votes = torch.tensor(int(flag))
+            return flags
+        votes = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(votes)
-        return bool(votes)
+        return tuple(vote > 0 for vote in votes.tolist())
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over the ranks, in place."""
@@ -55,13 +60,19 @@ class Process:
         dist.all_gather_object(values, value)
         return values
 
-    def barrier(self) -> None:
-        self.any(False)
+    def wait(self) -> None:
+        """Until every rank is here, however long one of them works alone."""
+        if self.world_size > 1:
+            dist.all_reduce(torch.zeros(1), group=self.patient)
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[Process]:
-    """Join the group that torchrun's environment variables describe, if there is one; leave it at the end."""
+def process_group(device: str, timeout_minutes: float = 30.0) -> Iterator[Process]:
+    """Join the group that torchrun's environment variables describe, if there is one; leave it at the end.
+
+    Raises LostProcess where another rank ends early, or lets the others wait for `timeout_minutes` outside of
+    `Process.wait`.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device)
     if chosen.type == "cuda":
@@ -71,11 +82,24 @@ def process_group(device: str) -> Iterator[Process]:
         return
     # gloo beside nccl carries the few messages that must not wait for the GPU
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     try:
-        yield Process(dist.get_rank(), world_size, chosen)
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield Process(dist.get_rank(), world_size, chosen, patient)
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        raise LostProcess(
+            "another process of the run has ended or does not answer; its own message, if it had time for "
+            f"one, says why. Here: {str(error).splitlines()[0]}. --resume continues from the last checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """gloo raises plain RuntimeErrors that name its source file."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)
 
 
 def _device(name: str) -> torch.device:

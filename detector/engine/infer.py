@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from detector.config import Config, ConfigError, from_dict, with_overrides
 from detector.data.annotations import LvisAnnotations
 from detector.data.loader import build_eval_loader
-from detector.engine.checkpoint import LAST, load_checkpoint
+from detector.engine.checkpoint import load_checkpoint
 from detector.engine.distributed import Process, process_group
 from detector.engine.paste import encode_mask
-from detector.engine.report import RESULTS, write_report
+from detector.engine.report import write_report
+from detector.engine.run_folder import CHECKPOINT, RESULTS
 from detector.evaluation import (
     Detections,
     Evaluation,
@@ -31,7 +32,7 @@ from detector.model.weights import load_weights
 
 def load_run(run: Path, overrides: Sequence[str] = ()) -> tuple[Config, ClassTable, MaskRCNN]:
     """Configuration, classes and model (on the CPU, in evaluation mode) of a run's folder or a checkpoint."""
-    path = run / LAST if run.is_dir() else run
+    path = run / CHECKPOINT if run.is_dir() else run
     state = load_checkpoint(path)
     config = with_overrides(from_dict(state["config"]), overrides)
     classes = ClassTable.from_dict(state["classes"])
@@ -49,8 +50,8 @@ def to_detections(
     """
     height, width = original_size
     (sx, sy) = scale
-    boxes = found["boxes"].cpu() / torch.tensor([sx, sy, sx, sy])
-    boxes = torch.minimum(boxes, torch.tensor([width, height, width, height]).float()).numpy()
+    moved = found["boxes"].cpu() / torch.tensor([sx, sy, sx, sy])
+    boxes = torch.minimum(moved, torch.tensor([width, height, width, height]).float()).numpy()
     planes = found["masks"].cpu().numpy()
     masks = [encode_mask(plane, box, height, width) for plane, box in zip(planes, boxes, strict=True)]
     return Detections(image_id, boxes, found["scores"].cpu().numpy(), found["labels"].cpu().numpy(), masks)
@@ -96,7 +97,7 @@ def evaluate_model(
     results = config.run_dir / RESULTS
     with ResultsWriter(part_path(results, process.rank), classes.category_ids) as writer:
         detect_all(model, loader, writer.add)
-    process.barrier()
+    process.wait()
     if not process.is_main:
         return None
     merge_results([part_path(results, rank) for rank in range(process.world_size)], results)
@@ -110,8 +111,8 @@ def evaluate_run(run: Path, overrides: Sequence[str] = (), output: Path | None =
     config, classes, model = load_run(run, overrides)
     config = replace(config, output=str(output or (run if run.is_dir() else run.parent)))
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    with process_group(config.device) as process:
+    with process_group(config.device, config.train.timeout) as process:
         evaluation = evaluate_model(model.to(process.device), config, classes, process)
-        process.barrier()  # nobody leaves while another still needs the group
+        process.wait()  # nobody leaves while another still needs the group
     if evaluation is not None:
         write_report(config, classes, evaluation)

@@ -11,46 +11,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from detector.engine.distributed import Process
+from detector.engine.run_folder import LOG
 
 
 class LossMeter:
-    """Losses of the steps since the last log row, kept on the device: only reading them waits."""
+    """Losses of the steps since the last log row."""
 
     def __init__(self, process: Process) -> None:
         self.process = process
-        self.names: list[str] = []
-        self.rows: list[Tensor] = []
+        self.rows: list[dict[str, float]] = []
 
-    def add(self, losses: dict[str, Tensor]) -> None:
-        self.names = list(losses)
-        self.rows.append(torch.stack([value.detach().float() for value in losses.values()]))
+    def add(self, losses: dict[str, float]) -> None:
+        self.rows.append(losses)
 
-    def read(self, last_step: int) -> dict[str, float]:
-        """Mean of every loss over the steps up to `last_step` and over the ranks; forgets them.
-
-        Raises FloatingPointError naming the first step, and its losses, that is not finite.
-        """
-        if not self.rows:
+    def read(self) -> dict[str, float]:
+        """Mean of every loss over the steps and the ranks; forgets them. All ranks have as many steps."""
+        rows, self.rows = self.rows, []
+        if not rows:
             return {}
-        rows = self.process.mean(torch.stack(self.rows)).tolist()
-        self.rows = []
-        for step, row in enumerate(rows, start=last_step - len(rows) + 1):
-            if not all(math.isfinite(value) for value in row):
-                parts = ", ".join(f"{name}={value:.4g}" for name, value in zip(self.names, row, strict=True))
-                raise FloatingPointError(
-                    f"the loss is not finite at step {step}: {parts}. The last checkpoint is from before it; "
-                    f"a lower "
-                    f"train.lr, train.clip_grad_norm or a longer train.warmup_steps may help"
-                )
-        return {
-            name: math.fsum(column) / len(rows)
-            for name, column in zip(self.names, zip(*rows, strict=True), strict=True)
-        }
+        means = [math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]]
+        means = self.process.mean(torch.tensor(means, dtype=torch.float64)).tolist()
+        return dict(zip(rows[0], means, strict=True))
 
 
 class RunLogger:
@@ -62,8 +47,9 @@ class RunLogger:
         if not self.enabled:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.path = run_dir / "log.jsonl"
-        _drop_rows_after(self.path, start_step)
+        self.path = run_dir / LOG
+        kept = _drop_rows_after(self.path, start_step)
+        self.evaluated = {row["step"] for row in kept if "eval" in row}
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the logger
         self.board = SummaryWriter(str(run_dir), purge_step=start_step + 1)
         self.bar = tqdm(
@@ -101,6 +87,17 @@ class RunLogger:
         for kind, values in metrics.items():
             for name, value in values.items():
                 self.board.add_scalar(f"{kind}/{name}", value, step)
+        self.evaluated.add(step)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether this rank has logged one for that step."""
+        return self.enabled and step in self.evaluated
+
+    def bad_step(self, row: dict[str, Any]) -> None:
+        """A step that was skipped; "text" says why."""
+        if self.enabled:
+            self._write(row)
+            self.message(f"skipped: {row['text']}")
 
     def message(self, text: str) -> None:
         if self.enabled:
@@ -123,10 +120,10 @@ class RunLogger:
         self.file.flush()
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
+def _drop_rows_after(path: Path, step: int) -> list[dict[str, Any]]:
     """Forget what an interrupted run logged after its last checkpoint; the resumed run logs it again."""
     if not path.is_file():
-        return
+        return []
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -134,5 +131,6 @@ def _drop_rows_after(path: Path, step: int) -> None:
         except json.JSONDecodeError:
             continue  # a line cut off by the kill
         if row["step"] <= step:
-            kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+            kept.append(row)
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    return kept

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 from detector.config import Config
+from detector.engine.run_folder import LOG, METRICS
 from detector.evaluation import Evaluation, format_table
+from detector.evaluation.table import ROW_NAMES
 from detector.model import ClassTable
 from detector.visualize import draw_run_page, plot_curves
-
-RESULTS = "results.json"
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
@@ -17,6 +17,16 @@ def print_evaluation(evaluation: Evaluation) -> None:
     for note in evaluation.notes:
         print(f"note: {note}")
     print(format_table(evaluation.metrics))
+
+
+def summary(evaluation: Evaluation) -> str:
+    """One line: AP of boxes and masks, and of the frequency groups."""
+    parts = []
+    for kind, name in ROW_NAMES.items():
+        values = [evaluation.metrics[kind][f"AP{group}"] for group in ("", "r", "c", "f")]
+        ap, *groups = ("-" if value < 0 else f"{100 * value:.1f}" for value in values)
+        parts.append(f"{name} AP {ap} (rare {groups[0]}, common {groups[1]}, frequent {groups[2]})")
+    return ", ".join(parts)
 
 
 def write_report(config: Config, classes: ClassTable, evaluation: Evaluation) -> None:
@@ -28,8 +38,8 @@ def write_report(config: Config, classes: ClassTable, evaluation: Evaluation) ->
         "class_ap": evaluation.class_ap,
         "notes": list(evaluation.notes),
     }
-    (folder / "metrics.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if (folder / "log.jsonl").is_file():
+    (folder / METRICS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if (folder / LOG).is_file():
         plot_curves(folder)
     draw_run_page(config, classes)
     print_evaluation(evaluation)

@@ -1,4 +1,4 @@
-"""Plots of a run from its log.jsonl: losses, learning rate, AP per frequency group."""
+"""Plots of a run from its log.jsonl: losses, learning rate, AP per frequency group and over time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ GROUPS = {
     "APc": ("common", "#009E73"),
     "APf": ("frequent", "#0072B2"),
 }
-KIND_STYLES = {"bbox": ("-", "o"), "segm": ("--", "s")}
 LOG_SCALE_RANGE = 50  # a loss whose smoothed curve spans more than this factor is drawn on a log scale
 
 Rows = list[dict[str, Any]]
@@ -45,14 +44,17 @@ def read_log(path: str | os.PathLike[str]) -> tuple[Rows, Rows]:
             except json.JSONDecodeError:
                 continue
             if isinstance(row, dict) and isinstance(row.get("step"), int):
-                (evaluations if "eval" in row else training)[row["step"]] = row
+                for key, rows in (("eval", evaluations), ("loss", training)):
+                    if key in row:
+                        rows[row["step"]] = row
     return [training[step] for step in sorted(training)], [evaluations[step] for step in sorted(evaluations)]
 
 
 def plot_curves(run_dir: str | os.PathLike[str]) -> list[Path]:
     """Draws what run_dir/log.jsonl holds into run_dir/plots; returns the files written.
 
-    losses.png and lr.png need training rows, ap_groups.png needs an evaluation.
+    losses.png and lr.png need training rows, ap_groups.png (the last AP) an evaluation, ap.png (AP over the
+    steps) several.
 
     Raises:
         FileNotFoundError: the run has no log.jsonl.
@@ -64,7 +66,9 @@ def plot_curves(run_dir: str | os.PathLike[str]) -> list[Path]:
         figures["losses.png"] = _losses_figure(training)
         figures["lr.png"] = _learning_rate_figure(training)
     if evaluations:
-        figures["ap_groups.png"] = _groups_figure(evaluations)
+        figures["ap_groups.png"] = _groups_figure(evaluations[-1])
+    if len(evaluations) > 1:
+        figures["ap.png"] = _history_figure(evaluations)
     (run_dir / "plots").mkdir(exist_ok=True)
     written = []
     for name, figure in figures.items():
@@ -145,45 +149,42 @@ def _learning_rate_figure(rows: Rows) -> Figure:
     return figure
 
 
-def _groups_figure(evaluations: Rows) -> Figure:
-    """Bars of the last evaluation, and its history when there are several."""
-    several = len(evaluations) > 1
-    figure, axes = _figure(columns=1 + several, width=12 if several else 7)
-    if several:
-        _draw_history(axes[0], evaluations)
-    _draw_bars(axes[-1], evaluations[-1])
-    return figure
-
-
-def _draw_history(axis: Axes, evaluations: Rows) -> None:
-    for name, (group, colour) in GROUPS.items():
-        for kind, (line, marker) in KIND_STYLES.items():
+def _history_figure(evaluations: Rows) -> Figure:
+    """AP over the steps of the evaluations, of all classes and of each frequency group: boxes and masks."""
+    kinds = [kind for kind in ROW_NAMES if any(kind in row["eval"] for row in evaluations)]
+    figure, axes = _figure(columns=max(len(kinds), 1), width=12 if len(kinds) > 1 else 7)
+    for axis, kind in zip(axes, kinds, strict=False):
+        for name, (group, colour) in GROUPS.items():
             points = [
                 (row["step"], 100 * row["eval"][kind][name])
                 for row in evaluations
                 if row["eval"].get(kind, {}).get(name, -1) >= 0
             ]
             if points:
-                label = f"{ROW_NAMES[kind]}, {group}"
-                axis.plot(
-                    *zip(*points, strict=True), line, color=colour, marker=marker, markersize=4, label=label
-                )
-    axis.set_xlabel("step")
-    axis.set_ylabel("AP (%)")
-    axis.set_ylim(bottom=0)
-    axis.set_title("AP per frequency group")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, ncols=4, fontsize=8)
+                axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=group)
+        axis.set_xlabel("step")
+        axis.set_ylabel("AP (%)")
+        axis.set_ylim(bottom=0)
+        axis.set_title(ROW_NAMES[kind])
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
+def _groups_figure(evaluation: dict[str, Any]) -> Figure:
+    figure, (axis,) = _figure(columns=1, width=7)
+    _draw_bars(axis, evaluation)
+    return figure
 
 
 def _draw_bars(axis: Axes, evaluation: dict[str, Any]) -> None:
-    kinds = [kind for kind in KIND_STYLES if kind in evaluation["eval"]]
+    kinds = [kind for kind in ROW_NAMES if kind in evaluation["eval"]]
     width = 0.8 / max(len(kinds), 1)
     colours = [colour for _, colour in GROUPS.values()]
     highest = 0.0
     for index, kind in enumerate(kinds):
         values = [100 * evaluation["eval"][kind].get(name, -1) for name in GROUPS]
         places = np.arange(len(GROUPS)) + (index - (len(kinds) - 1) / 2) * width
-        style = {"hatch": "///", "alpha": 0.55} if kind == "segm" else {}
+        style: dict[str, Any] = {"hatch": "///", "alpha": 0.55} if kind == "segm" else {}
         axis.bar(
             places,
             np.maximum(values, 0),

@@ -154,6 +154,7 @@ def draw_page(
 def draw_run_page(config: Config, classes: ClassTable) -> Path | None:
     """Draws run_dir/predictions.png from run_dir/results.json; None if no validation image is annotated."""
     from detector.data.annotations import LvisAnnotations
+    from detector.data.dataset import read_image
 
     annotations = LvisAnnotations.from_file(config.data.val_file)
     indices = choose_images(annotations, config.eval.pictures)
@@ -165,8 +166,7 @@ def draw_run_page(config: Config, classes: ClassTable) -> Path | None:
     nothing = np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64)
     examples = []
     for index, record in zip(indices, records, strict=True):
-        with Image.open(Path(config.data.image_folder) / record.file_name) as image:
-            picture = image.convert("RGB")
+        picture = Image.fromarray(read_image(config.data.image_folder, record).permute(1, 2, 0).numpy())
         predictions = found.get(record.image_id) or Detections(record.image_id, *nothing)
         examples.append(
             Example(picture, truth_of(annotations, index), predictions, f"image {record.image_id}")

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from detector.config import load_config, save_config
-from detector.engine.checkpoint import LAST, CheckpointError, load_checkpoint
+from detector.engine.checkpoint import CheckpointError, load_checkpoint
+from detector.engine.run_folder import CHECKPOINT
 from detector.engine.train import Interrupted, Trainer, train
 from tests.detector.tiny_detector import run_config, write_data_set
 
@@ -95,7 +96,7 @@ def test_kill_and_resume_end_in_the_same_state(tmp_path):
     process.send_signal(signal.SIGTERM)
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM
-    assert f"stopped by SIGTERM after step {load_checkpoint(run / LAST)['step']}" in message
+    assert f"stopped by SIGTERM after step {load_checkpoint(run / CHECKPOINT)['step']}" in message
     assert f"continue with --resume {run}" in message
 
     process = start("--resume", str(run))
@@ -103,13 +104,15 @@ def test_kill_and_resume_end_in_the_same_state(tmp_path):
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert 3 <= load_checkpoint(run / LAST)["step"] < STEPS
+    assert 3 <= load_checkpoint(run / CHECKPOINT)["step"] < STEPS
 
     train(load_config(run / "config.yaml"), resume=True)
-    first, second = (load_checkpoint(folder / LAST) for folder in (whole.run_dir, run))
-    for part in ("step", "epoch", "batch", "model", "optimizer", "random", "classes"):
+    first, second = (load_checkpoint(folder / CHECKPOINT) for folder in (whole.run_dir, run))
+    for part in ("step", "epoch", "batch", "model", "optimizer", "classes"):
         assert_same(first[part], second[part], part)
     assert first["step"] == STEPS
+    starts = json.loads((run / "environment.json").read_text())
+    assert [start["start_step"] == 0 for start in starts] == [True, False, False]
     assert losses(whole.run_dir) == losses(run)  # every step logged once, with the same numbers
     assert (whole.run_dir / "results.json").read_text() == (run / "results.json").read_text()
 
@@ -127,7 +130,7 @@ def test_seesaw_counts_survive_a_resume(tmp_path, monkeypatch):
     config = run_config(tmp_path, "loss.name=seesaw", "train.max_steps=4", "train.checkpoint_interval=2")
     monkeypatch.setattr(Trainer, "finish", lambda trainer: None)
     train(replace(config, output=str(tmp_path / "whole")))
-    whole = load_checkpoint(tmp_path / "whole" / LAST)
+    whole = load_checkpoint(tmp_path / "whole" / CHECKPOINT)
 
     real_save = Trainer.save
 
@@ -139,9 +142,9 @@ def test_seesaw_counts_survive_a_resume(tmp_path, monkeypatch):
         patch.setattr(Trainer, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             train(config)
-    assert load_checkpoint(config.run_dir / LAST)["step"] == 2
+    assert load_checkpoint(config.run_dir / CHECKPOINT)["step"] == 2
     train(config, resume=True)
-    resumed = load_checkpoint(config.run_dir / LAST)
+    resumed = load_checkpoint(config.run_dir / CHECKPOINT)
     assert_same(whole["model"], resumed["model"], "model")
     counted = [value for key, value in resumed["model"].items() if key.endswith("label_counts")]
     assert int(counted[0].sum()) == 4 * 2 * 32  # steps x images x RoIs
@@ -153,16 +156,16 @@ def test_interrupt_in_this_process_saves_and_says_so(tmp_path, monkeypatch):
     real_update = Trainer._update
 
     def update(trainer, images, targets):
-        real_update(trainer, images, targets)
         if trainer.step == 1:
             os.kill(os.getpid(), signal.SIGINT)
+        return real_update(trainer, images, targets)
 
     monkeypatch.setattr(Trainer, "_update", update)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="stopped by SIGINT after step 2"):
         train(config)
     assert signal.getsignal(signal.SIGINT) is before
-    assert load_checkpoint(config.run_dir / LAST)["step"] == 2
+    assert load_checkpoint(config.run_dir / CHECKPOINT)["step"] == 2
 
 
 def test_a_run_is_not_overwritten_by_accident(tmp_path, monkeypatch):
@@ -186,18 +189,27 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path, monkeypatch):
         train(config, resume=True)
 
 
-def test_resume_with_other_processes_or_other_classes_is_refused(tmp_path, monkeypatch):
+def test_resume_with_other_classes_is_refused(tmp_path, monkeypatch):
     write_data_set(tmp_path / "data")
     monkeypatch.setattr(Trainer, "finish", lambda trainer: None)
     config = run_config(tmp_path, "train.max_steps=1")
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         train(config, resume=True)
     train(config)
-    path = config.run_dir / LAST
+    path = config.run_dir / CHECKPOINT
     state = load_checkpoint(path)
-    torch.save({**state, "random": state["random"] * 2}, path)
-    with pytest.raises(CheckpointError, match="written by 2 processes, this run has 1"):
-        train(config, resume=True)
     torch.save({**state, "classes": {**state["classes"], "category_ids": [1, 2]}}, path)
     with pytest.raises(CheckpointError, match="trained on 2 categories that are not the 6"):
         train(config, resume=True)
+
+
+def test_resume_with_another_batch_goes_on_after_as_many_images(tmp_path, monkeypatch, capsys):
+    """Ten images an epoch: after three batches of two, the second batch of four comes next."""
+    write_data_set(tmp_path / "data")
+    monkeypatch.setattr(Trainer, "finish", lambda trainer: None)
+    train(run_config(tmp_path, "train.max_steps=3"))
+    config = run_config(tmp_path, "train.max_steps=4", "train.batch_size=4")
+    train(config, resume=True)
+    assert "batches of 2 images, now they have 4" in capsys.readouterr().err
+    state = load_checkpoint(config.run_dir / CHECKPOINT)
+    assert (state["step"], state["epoch"], state["batch"]) == (4, 0, 2)

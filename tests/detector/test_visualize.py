@@ -53,6 +53,7 @@ def texts(figure: Any) -> list[str]:
 class TestCurves:
     def test_log_of_a_killed_and_resumed_run(self, tmp_path: Path) -> None:
         rows = [log_row(10), log_row(20, loss=9.0), evaluation_row(20, 0.1), log_row(20), log_row(15)]
+        rows.append({"step": 15, "epoch": 0, "bad_loss": [{"loss_cls": float("nan")}]})  # was skipped
         path = write_log(tmp_path, rows, end='{"step": 30, "lo')
         training, evaluations = curves_module.read_log(path)
         assert training == [log_row(10), log_row(15), log_row(20)]
@@ -66,6 +67,7 @@ class TestCurves:
             ([log_row(1), log_row(2, loss=float("nan"))], ["losses.png", "lr.png"]),
             ([evaluation_row(5, 0.2)], ["ap_groups.png"]),
             ([log_row(1), evaluation_row(5, 0.2)], ["losses.png", "lr.png", "ap_groups.png"]),
+            ([evaluation_row(5, 0.2), evaluation_row(9, 0.3)], ["ap_groups.png", "ap.png"]),
             ([{"step": 1, "loss": 1.0, "lr": 0.1}], ["losses.png", "lr.png"]),
         ],
     )
@@ -108,22 +110,30 @@ class TestCurves:
         wide = curves_module._losses_figure([log_row(step) for step in (1, 1000)])
         assert wide.axes[0].get_yscale() == "log"
 
-    def test_groups_show_the_last_evaluation_and_the_history(self) -> None:
-        one = curves_module._groups_figure([evaluation_row(5, 0.2)])
-        assert len(one.axes) == 1
-        assert [text for text in texts(one) if text not in ("box", "mask")] == [
+    def test_groups_are_bars_of_an_evaluation(self) -> None:
+        figure = curves_module._groups_figure(evaluation_row(9, 0.2))
+        assert [text for text in texts(figure) if text not in ("box", "mask")] == [
             "20.0",
             "-",
             "10.0",
             "40.0",
         ] * 2
-        several = curves_module._groups_figure([evaluation_row(5, 0.2), evaluation_row(9, 0.3)])
-        history, bars = several.axes
-        lines = {line.get_label(): list(line.get_ydata()) for line in history.lines}
-        assert lines["box, all"] == pytest.approx([20.0, 30.0])
-        assert lines["mask, frequent"] == pytest.approx([40.0, 60.0])
-        assert not any("rare" in label for label in lines)  # absent: -1
-        assert bars.get_title() == "AP at step 9"
+        assert figure.axes[0].get_title() == "AP at step 9"
+
+    def test_history_has_a_line_for_each_group_of_boxes_and_of_masks(self) -> None:
+        rows = [evaluation_row(5, 0.2), evaluation_row(9, 0.3)]
+        rows[1]["eval"]["segm"] = {**rows[1]["eval"]["segm"], "APf": 0.7, "APr": 0.1}
+        for axis, frequent, labels in zip(
+            curves_module._history_figure(rows).axes,
+            ([40.0, 60.0], [40.0, 70.0]),
+            (["all", "common", "frequent"], ["all", "rare", "common", "frequent"]),  # absent: -1
+            strict=True,
+        ):
+            lines = {line.get_label(): line for line in axis.lines}
+            assert list(lines) == labels
+            assert list(lines["all"].get_xdata()) == [5, 9]
+            assert lines["all"].get_ydata() == pytest.approx([20.0, 30.0])
+            assert lines["frequent"].get_ydata() == pytest.approx(frequent)
 
     def test_pyplot_is_not_needed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it raises
