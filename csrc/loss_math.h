@@ -178,9 +178,10 @@ template <class V> struct SigmoidLink {
     return {V(kLn2) * (mirrored.linear - log2(mirrored.factor)), V(0.0) - mirrored.slope};
   }
 
+  // In the operations of negative(z): where both are inlined they are made once.
   GOL_FN V log2_probability(V z) const {
-    const NegativeTerm<V> mirrored = negative(V(0.0) - z);
-    return log2(mirrored.factor) - mirrored.linear;
+    const V s = V(1.0) + exp(V(0.0) - vmax(z, V(0.0) - z));
+    return select(less(z, V(0.0)), z * V(kLog2E), V(0.0)) + log2(reciprocal(s));
   }
 };
 
@@ -220,29 +221,30 @@ template <class V> struct ProbitLink {
 
   GOL_FN NegativeTerm<V> negative(V z) const {
     const V zc = clip(z);
-    NegativeTerm<V> t = upper(zc);
+    NegativeTerm<V> t = minus_log_cdf(zc, less(V(0.0), zc));
     t.slope = clip.slope(z, zc, t.slope);
     return t;
   }
 
   GOL_FN PositiveTerm<V> positive(V z) const {
     const V zc = clip(z);
-    const NegativeTerm<V> t = upper(V(0.0) - zc);
+    const NegativeTerm<V> t = minus_log_cdf(zc, less(zc, V(0.0)));
     return {V(kLn2) * (t.linear - log2(t.factor)), clip.slope(z, zc, V(0.0) - t.slope)};
   }
 
+  // In the operations of negative(z): where both are inlined most are made once.
   GOL_FN V log2_probability(V z) const {
-    const NegativeTerm<V> t = upper(V(0.0) - clip(z));
+    const V zc = clip(z);
+    const NegativeTerm<V> t = minus_log_cdf(zc, less(zc, V(0.0)));
     return log2(t.factor) - t.linear;
   }
 
  private:
-  // -log Phi(-x) and its slope.
-  static GOL_FN NegativeTerm<V> upper(V x) {
-    const V half_square = x * x * V(0.5);
-    const V r = scaled_normal_tail(vmax(x, V(0.0) - x));
+  // -log Phi(x) and the magnitude of its slope for x = |zc| or x = -|zc|, the latter where is_tail.
+  template <class Mask> static GOL_FN NegativeTerm<V> minus_log_cdf(V zc, Mask is_tail) {
+    const V half_square = zc * zc * V(0.5);
+    const V r = scaled_normal_tail(vmax(zc, V(0.0) - zc));
     const V g = exp(V(0.0) - half_square);
-    const auto is_tail = less(V(0.0), x);
     const V factor = select(is_tail, r, V(1.0) - g * r);
     return {select(is_tail, half_square * V(kLog2E), V(0.0)), factor,
             quotient(V(kNormalDensity0) * select(is_tail, V(1.0), g), factor)};

@@ -68,7 +68,7 @@ def test_zero_weight_is_removal(backend: str, case: Case) -> None:
     and they are ignored.
     """
     logits, labels = case.inputs(8, 20)
-    gone = torch.tensor([6, 7]) if "drop" in case.name or case.name == "gol" else torch.tensor([1, 6])
+    gone = torch.tensor([6, 7]) if "drop" in case.name else torch.tensor([1, 6])
     keep = torch.ones(8, dtype=torch.bool)
     keep[gone] = False
     poisoned = logits.clone()
@@ -217,7 +217,7 @@ def test_result_does_not_depend_on_threads(native_backend: str) -> None:
     """Bit for bit, with one thread and with several."""
     before = torch.get_num_threads()
     try:
-        for name in ("gumbel", "gol", "seesaw"):
+        for name in ("gumbel", "gumbel-drop", "gumbel-seesaw", "seesaw"):
             logits, labels = BY_NAME[name].inputs(301, 1203)
             results = []
             for threads in (1, 2, 5):
