@@ -77,6 +77,10 @@ class RowArguments(NamedTuple):
     validate: bool
 
 
+def _row_arguments(arguments: BernoulliArguments | SoftmaxArguments) -> RowArguments:
+    return RowArguments(**{name: getattr(arguments, name) for name in RowArguments._fields})
+
+
 class BernoulliArguments(NamedTuple):
     """The arguments of ``bernoulli_grad`` after the upstream gradient, in the schema's order."""
 
@@ -105,7 +109,7 @@ class BernoulliArguments(NamedTuple):
 
     @property
     def rows(self) -> RowArguments:
-        return RowArguments(*self[:4], *self[-5:])
+        return _row_arguments(self)
 
 
 class SoftmaxArguments(NamedTuple):
@@ -129,7 +133,7 @@ class SoftmaxArguments(NamedTuple):
 
     @property
     def rows(self) -> RowArguments:
-        return RowArguments(*self[:4], *self[-5:])
+        return _row_arguments(self)
 
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")

@@ -156,7 +156,9 @@ def test_compile_equals_eager(index: int, dtype: torch.dtype) -> None:
             compiled_grad, grad, rtol=2e-3 if dtype == torch.float16 else 1e-6, atol=1e-7
         )
     for name, value in results[0][1].items():
-        torch.testing.assert_close(results[1][1][name], value, rtol=1e-9, atol=0, msg=name)
+        torch.testing.assert_close(
+            results[1][1][name], value, rtol=1e-3 if dtype == torch.float16 else 1e-6, atol=0, msg=name
+        )
 
 
 def test_compile_does_not_recompile_for_each_number_of_rows() -> None:
