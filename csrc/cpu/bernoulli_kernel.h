@@ -233,7 +233,8 @@ void bernoulli_rows(const cpu::BernoulliArgs& a, int64_t begin, int64_t end, uin
     } else {
       const Number* z = wide_logits;
       if (is_wide) z = static_cast<const Number*>(a.logits) + at;
-      else if (a.dtype == DType::kFloat16) convert<V>(static_cast<const Float16*>(a.logits) + at, K, wide_logits);
+      else if (a.dtype == DType::kFloat16)
+        convert<V>(static_cast<const Float16*>(a.logits) + at, K, wide_logits);
       else convert<V>(static_cast<const BFloat16*>(a.logits) + at, K, wide_logits);
       const int64_t label = a.labels[row], positive = label < K ? label : K;
       const V grad_scale(scale * link.unit);

@@ -53,7 +53,8 @@ struct BernoulliArgs {
   double* negative_sums;     // [K]: added to, negatives
 };
 
-// 64-bit words of scratch that a call of the kernel needs: a row of logits, of gradient and of sums, and a mask.
+// 64-bit words of scratch that a call of the kernel needs: a row of logits, of gradient and of sums, and a
+// mask.
 constexpr int64_t bernoulli_scratch(int64_t num_columns) {
   return 3 * (num_columns + 15) + num_columns / 64 + 3;
 }

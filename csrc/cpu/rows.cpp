@@ -1,4 +1,7 @@
+// Besides what rows.h declares: gol_kernels::scale_grad__native on the CPU.
 #include "rows.h"
+
+#include <torch/library.h>
 
 #include <cmath>
 #include <limits>
@@ -48,7 +51,7 @@ Rows prepare_rows(const RowArguments& a) {
                     a.num_classes);
   Rows rows{a.logits.stride(1) == 1 || a.logits.size(1) == 1 ? a.logits : a.logits.contiguous(),
             checked_labels(a.op, a.labels, a.num_classes, a.ignore_index, a.validate), std::vector<double>(n),
-            dtype};
+            std::vector<double>(n), dtype};
 
   at::Tensor weights;
   if (a.row_weights.has_value()) {
@@ -70,6 +73,7 @@ Rows prepare_rows(const RowArguments& a) {
   for (int64_t i = 0; i < n; ++i) {
     const bool legal = label[i] >= 0 && label[i] <= a.num_classes;
     const double w = weight == nullptr ? 1.0 : weight[i];
+    rows.weight[i] = legal && label[i] != a.ignore_index ? w : 0.0;
     rows.scale[i] = label[i] == a.ignore_index ? 0.0
                     : legal                    ? w * factor
                                                : std::numeric_limits<double>::quiet_NaN();
@@ -105,6 +109,20 @@ at::Tensor empty_grad(const Rows& rows, bool compute_grad) {
   if (!compute_grad) return at::empty({0}, rows.logits.options());
   return at::empty(rows.logits.sizes(), rows.logits.options(), at::MemoryFormat::Contiguous);
 }
+
+namespace {
+
+void scale_grad_(const at::Tensor& grad, const at::Tensor& first, const at::Tensor& second, int64_t split) {
+  const auto scale = [](const at::Tensor& part, const at::Tensor& factor) {
+    if (factor.item<double>() != 1) part.mul_(factor);
+  };
+  scale(grad.narrow(1, 0, split), first);
+  scale(grad.narrow(1, split, grad.size(1) - split), second);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(gol_kernels, CPU, m) { m.impl("scale_grad__native", scale_grad_); }
 
 }  // namespace cpu
 }  // namespace gol

@@ -30,9 +30,10 @@ struct RowArguments {
 };
 
 struct Rows {
-  at::Tensor logits;          // [N, K], dense in the last dimension
-  at::Tensor labels;          // [N] int64 contiguous
-  std::vector<double> scale;  // [N] weight / denominator; 0 ignored, NaN for an illegal label
+  at::Tensor logits;           // [N, K], dense in the last dimension
+  at::Tensor labels;           // [N] int64 contiguous
+  std::vector<double> scale;   // [N] weight / denominator; 0 ignored, NaN for an illegal label
+  std::vector<double> weight;  // [N] 0 ignored or illegal, 1 without row_weights
   DType dtype;
 };
 
@@ -48,11 +49,21 @@ at::Tensor empty_grad(const Rows& rows, bool compute_grad);
 at::Tensor checked_labels(const char* op, const at::Tensor& labels, int64_t num_classes, int64_t ignore_index,
                           bool validate);
 
-// Rows in parallel: body(begin, end, scratch) with a scratch of its own for each call.
+// The same rows in float64: body(wide rows, wide gradient or null), whose result is returned.
+template <class Body> auto in_float64(const Rows& rows, at::Tensor* grad, const Body& body) {
+  const Rows wide{rows.logits.to(at::kDouble), rows.labels, rows.scale, rows.weight, DType::kFloat64};
+  at::Tensor wide_grad = empty_grad(wide, grad != nullptr);
+  auto result = body(wide, grad != nullptr ? &wide_grad : nullptr);
+  if (grad != nullptr) grad->copy_(wide_grad);
+  return result;
+}
+
+constexpr int64_t kRowGrain = 16;  // rows for a thread; one of 1204 columns takes about a microsecond
+
+// [0, count) in parallel: body(begin, end, scratch) with a scratch of its own for each call.
 template <class Scratch, class Body>
-void parallel_rows(int64_t num_rows, int64_t scratch_size, const Body& body) {
-  constexpr int64_t kGrain = 16;  // rows; a row of 1204 columns takes about a microsecond
-  at::parallel_for(0, num_rows, kGrain, [&](int64_t begin, int64_t end) {
+void parallel_ranges(int64_t count, int64_t grain, int64_t scratch_size, const Body& body) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     constexpr size_t kLine = 64;  // bytes; scratch begins at a cache line
     std::vector<Scratch> scratch(scratch_size + kLine / sizeof(Scratch));
     const auto past = reinterpret_cast<uintptr_t>(scratch.data()) % kLine;

@@ -32,7 +32,7 @@ struct BatchCounts {
 constexpr int kMaxPrologueBlocks = 32;
 constexpr int kMaxLossBlocks = 4096;
 
-// Device memory of one call, uninitialised: calls on several streams, and a graph being replayed, share nothing.
+// Device memory of one call, uninitialised: calls on several streams share nothing.
 struct Workspace {
   BatchCounts counts[kMaxPrologueBlocks];
   double partial_loss[2][kMaxLossBlocks];  // of each block; the second is Seesaw's objectness
@@ -61,10 +61,10 @@ struct Upstream {
 
 // The one small kernel before the others: it sets arrived to 0, counts labels and makes Seesaw's table.
 struct PrologueArgs {
-  RowArgs rows;         // num_counts of blocks count labels
-  const bool* rare;     // [num_classes] for BatchCounts::rare; null: none
-  Reals class_counts;   // for Seesaw
-  int64_t num_powers;   // of class_counts; 0: no table
+  RowArgs rows;        // num_counts of blocks count labels
+  const bool* rare;    // [num_classes] for BatchCounts::rare; null: none
+  Reals class_counts;  // for Seesaw
+  int64_t num_powers;  // of class_counts; 0: no table
   double p;
   void* power;  // Number [num_powers]: max(n, 1)^p over the largest of them, at least 2^-120 (double: 2^-900)
   bool power_is_double;
