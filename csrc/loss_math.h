@@ -108,6 +108,11 @@ GOL_FN float fma(float a, float b, float c) { return static_cast<float>(static_c
 #undef GOL_SCALAR_NUMBER
 #undef GOL_STANDARD_NUMBER
 
+// Most instructions of a GPU negate an operand at no cost, but none takes it from 0.
+template <class V> GOL_FN V minus(V x) { return V(0.0) - x; }
+GOL_FN float minus(float x) { return -x; }
+GOL_FN double minus(double x) { return -x; }
+
 // (1 - 2^-x) / x for 0 <= x < 1/2: minimax polynomial, relative error 1.3e-8. The direct
 // difference would lose digits there, all of them towards x = 0.
 template <class V> GOL_FN V one_minus_exp2_over(V x) {
@@ -131,7 +136,7 @@ template <class V> struct PositiveTerm {
   V loss, slope;
 };
 // A link has, beside unit: kMaxProduct, the number of factors whose product is sure to stay normal;
-// negative(z); positive(z); and log2_probability(z), at most 0.
+// negative(z); positive(z); probability(z); and log2_probability(z), at most 0.
 
 // z held inside the clip, and the slope to report for it.
 template <class V> struct Clip {
@@ -160,18 +165,20 @@ template <class V, bool kReleased> struct GumbelLink {
   struct Parts {
     V zc, linear, factor, numerator;
   };
-  GOL_FN Parts parts(V z) const {
-    const V zc = clip(z);
+  GOL_FN Parts parts(V z) const { return parts_inside(clip(z)); }
+  // kWhole: factor is all of 1 - p, and linear 0. The product of 8 is then normal for clip_max / T up to 11.
+  template <bool kWhole = false> GOL_FN Parts parts_inside(V zc) const {
     const V log2_e2 = fma(zc, rate, V(kLog2Log2E));
-    const V e2 = exp2(log2_e2);     // e in base 2: e * log2(e)
-    const V p = exp2(V(0.0) - e2);  // exp(-e)
+    const V e2 = exp2(log2_e2);   // e in base 2: e * log2(e)
+    const V p = exp2(minus(e2));  // exp(-e)
     const auto small = less(e2, V(0.5));
     const V q = V(1.0) - p;
+    const V series = one_minus_exp2_over(e2);
+    const V whole = select(small, series * e2, q);
+    if (kWhole) return {zc, V(0.0), whole, released(p * e2, p, whole)};
     // 1 - p = e2 * series for a small e, which then cancels in slope = p * e2 / (1 - p).
-    const V factor = select(small, one_minus_exp2_over(e2), q);
-    V numerator = p * select(small, V(1.0), e2);
-    if (kReleased) numerator = numerator * released(p, select(small, factor * e2, q));
-    return {zc, select(small, V(0.0) - log2_e2, V(0.0)), factor, numerator};
+    return {zc, select(small, minus(log2_e2), V(0.0)), select(small, series, q),
+            released(p * select(small, V(1.0), e2), p, whole)};
   }
 
   GOL_FN NegativeTerm<V> negative(V z) const {
@@ -181,20 +188,26 @@ template <class V, bool kReleased> struct GumbelLink {
 
   GOL_FN PositiveTerm<V> positive(V z) const {
     const V zc = clip(z);
-    const V e2 = exp2(fma(zc, rate, V(kLog2Log2E)));
-    V slope = V(-unit) * e2;
+    const V minus_inverse_t = V(-unit * kLog2E);
+    // Not from exp2(log2(e)): rounded, it would be off by as many ulps as e has bits. Where e overflows, 1000
+    // is as good as infinity, from which exp might make NaN.
+    const V e = exp(vmin(zc * minus_inverse_t, V(1000.0)));
+    V slope = e * minus_inverse_t;
     if (kReleased) {
-      const V p = exp2(V(0.0) - e2);
-      const auto small = less(e2, V(0.5));
-      slope = slope * released(p, select(small, one_minus_exp2_over(e2) * e2, V(1.0) - p));
+      const V e2 = e * V(kLog2E), p = exp2(minus(e2));
+      slope = released(slope, p, select(less(e2, V(0.5)), one_minus_exp2_over(e2) * e2, V(1.0) - p));
     }
-    return {e2 * V(kLn2), clip.slope(z, zc, slope)};
+    return {e, clip.slope(z, zc, slope)};
   }
 
-  GOL_FN V log2_probability(V z) const { return V(0.0) - exp2(fma(clip(z), rate, V(kLog2Log2E))); }
+  GOL_FN V log2_probability(V z) const { return minus(exp2(fma(clip(z), rate, V(kLog2Log2E)))); }
+  GOL_FN V probability(V z) const { return exp2(log2_probability(z)); }
 
  private:
-  static GOL_FN V released(V p, V q) { return vmin(p * q * V(1.0 / kBceFloor), V(1.0)); }
+  // q = 1 - p.
+  static GOL_FN V released(V slope, V p, V q) {
+    return kReleased ? slope * vmin(p * q * V(1.0 / kBceFloor), V(1.0)) : slope;
+  }
 };
 
 // Sigmoid link: p = 1 / (1 + exp(-z)).  positive(z) = softplus(-z), negative(z) = softplus(z).
@@ -205,8 +218,8 @@ template <class V> struct SigmoidLink {
   GOL_FN explicit SigmoidLink(const LinkOptions&) {}
 
   GOL_FN NegativeTerm<V> negative(V z) const {
-    const V magnitude = vmax(z, V(0.0) - z);
-    const V w = exp(V(0.0) - magnitude);  // never overflows
+    const V magnitude = vmax(z, minus(z));
+    const V w = exp(minus(magnitude));  // never overflows
     const V s = V(1.0) + w;
     const auto is_negative = less(z, V(0.0));
     // p = w/(1+w) or 1/(1+w), with what the sum 1 + w rounded away.
@@ -215,15 +228,16 @@ template <class V> struct SigmoidLink {
   }
 
   GOL_FN PositiveTerm<V> positive(V z) const {
-    const NegativeTerm<V> mirrored = negative(V(0.0) - z);
-    return {V(kLn2) * (mirrored.linear - log2(mirrored.factor)), V(0.0) - mirrored.slope};
+    const NegativeTerm<V> mirrored = negative(minus(z));
+    return {V(kLn2) * (mirrored.linear - log2(mirrored.factor)), minus(mirrored.slope)};
   }
 
   // In the operations of negative(z): where both are inlined they are made once.
   GOL_FN V log2_probability(V z) const {
-    const V s = V(1.0) + exp(V(0.0) - vmax(z, V(0.0) - z));
+    const V s = V(1.0) + exp(minus(vmax(z, minus(z))));
     return select(less(z, V(0.0)), z * V(kLog2E), V(0.0)) + log2(reciprocal(s));
   }
+  GOL_FN V probability(V z) const { return negative(z).slope; }
 };
 
 // erfcx(a / sqrt 2) / 2 for a >= 0, with which the smaller of Phi(a), Phi(-a) is exp(-a^2/2) times this:
@@ -270,7 +284,7 @@ template <class V> struct ProbitLink {
   GOL_FN PositiveTerm<V> positive(V z) const {
     const V zc = clip(z);
     const NegativeTerm<V> t = minus_log_cdf(zc, less(zc, V(0.0)));
-    return {V(kLn2) * (t.linear - log2(t.factor)), clip.slope(z, zc, V(0.0) - t.slope)};
+    return {V(kLn2) * (t.linear - log2(t.factor)), clip.slope(z, zc, minus(t.slope))};
   }
 
   // In the operations of negative(z): where both are inlined most are made once.
@@ -280,12 +294,17 @@ template <class V> struct ProbitLink {
     return log2(t.factor) - t.linear;
   }
 
- private:
+  GOL_FN V probability(V z) const {
+    const V zc = clip(z);
+    const V tail = exp(minus(zc * zc * V(0.5))) * scaled_normal_tail(vmax(zc, minus(zc)));
+    return select(less(zc, V(0.0)), tail, V(1.0) - tail);
+  }
+
   // -log Phi(x) and the magnitude of its slope for x = |zc| or x = -|zc|, the latter where is_tail.
   template <class Mask> static GOL_FN NegativeTerm<V> minus_log_cdf(V zc, Mask is_tail) {
     const V half_square = zc * zc * V(0.5);
-    const V r = scaled_normal_tail(vmax(zc, V(0.0) - zc));
-    const V g = exp(V(0.0) - half_square);
+    const V r = scaled_normal_tail(vmax(zc, minus(zc)));
+    const V g = exp(minus(half_square));
     const V factor = select(is_tail, r, V(1.0) - g * r);
     return {select(is_tail, half_square * V(kLog2E), V(0.0)), factor,
             quotient(V(kNormalDensity0) * select(is_tail, V(1.0), g), factor)};
@@ -303,8 +322,9 @@ template <class V> struct ProbitLink {
 template <class V> struct SeesawRow {
   V inverse_power_y, q, threshold;
 
-  GOL_FN SeesawRow(double power_y, double q_, double threshold_)
-      : inverse_power_y(1.0 / power_y), q(q_), threshold(threshold_) {}
+  template <class N>
+  GOL_FN SeesawRow(N power_y, N q_, N threshold_)
+      : inverse_power_y(reciprocal(power_y)), q(q_), threshold(threshold_) {}
 
   GOL_FN V mitigation(V power) const { return vmin(power * inverse_power_y, V(1.0)); }
   GOL_FN V compensation(V x) const { return exp2(q * vmax(x - threshold, V(0.0))); }
@@ -316,7 +336,12 @@ template <class V> struct SeesawRow {
 // 8g + 2w + h is half h (0 the lower) of word w.
 // U is uint32_t or a SIMD vector of them with xor3(a, b, c) and mulhilo(constant, b, &hi) -> lo.
 GOL_FN uint32_t mulhilo(uint32_t a, uint32_t b, uint32_t* hi) {
+#if defined(__CUDA_ARCH__)
+  uint64_t product;  // of the C++ expression nvcc makes an addition more
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+#else
   const uint64_t product = static_cast<uint64_t>(a) * b;
+#endif
   *hi = static_cast<uint32_t>(product >> 32);
   return static_cast<uint32_t>(product);
 }

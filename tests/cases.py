@@ -35,27 +35,27 @@ class Case:
         return logits, labels
 
 
-def rare_mask(c: int, device: torch.device | str = "cpu") -> Tensor:
+def rare_mask(c: int, device: torch.device | str | None = None) -> Tensor:
     """Two of three classes."""
     return torch.arange(c, device=device) % 3 != 1
 
 
-def counts(c: int, device: torch.device | str = "cpu") -> Tensor:
+def counts(c: int, device: torch.device | str | None = None) -> Tensor:
     """Class counts from 0 to about 10^5, long-tailed."""
-    return (10 ** (5 * torch.linspace(0, 1, c).flip(0)) - 1).to(torch.int64).to(device)
+    return (10 ** (5 * torch.linspace(0, 1, c, device=device).flip(0)) - 1).to(torch.int64)
 
 
-def class_weights(k: int, device: torch.device | str = "cpu") -> Tensor:
+def class_weights(k: int, device: torch.device | str | None = None) -> Tensor:
     """[2, K]: weights of positives and negatives, some of them 0."""
-    wave = torch.arange(k, dtype=torch.float64)
-    return torch.stack([1 + wave % 4, (wave % 5) / 4]).to(device, torch.float32)
+    wave = torch.arange(k, dtype=torch.float64, device=device)
+    return torch.stack([1 + wave % 4, (wave % 5) / 4]).to(torch.float32)
 
 
-def class_groups(k: int, device: torch.device | str = "cpu") -> Tensor:
+def class_groups(k: int, device: torch.device | str | None = None) -> Tensor:
     """uint8 [K]: groups 1, 2, 4 in turn, and 8 for the last column."""
-    groups = 2 ** (torch.arange(k) % 3)
+    groups = 2 ** (torch.arange(k, device=device) % 3)
     groups[-1] = 8
-    return groups.to(device, torch.uint8)
+    return groups.to(torch.uint8)
 
 
 def row_groups(labels: Tensor, background: int) -> Tensor:
@@ -63,8 +63,8 @@ def row_groups(labels: Tensor, background: int) -> Tensor:
     return torch.where(labels == background, 14, 0).to(torch.uint8)
 
 
-def generator(device: torch.device | str = "cpu") -> torch.Generator:
-    return torch.Generator(device).manual_seed(5)
+def generator(device: torch.device | str | None = None, seed: int = 5) -> torch.Generator:
+    return torch.Generator(device or torch.get_default_device()).manual_seed(seed)
 
 
 def _seesaw(logits: Tensor, labels: Tensor, **common: Any) -> Tensor:

@@ -47,12 +47,15 @@ template <class V, int kEvery> class RowSum {
 };
 
 // --- what becomes of the negatives -----------------------------------------------------------
-// kept(i, z): the lanes from column i that count, where kSelects; weigh(i, n, z, term): a term's weight
+// kept(i, z): the lanes from column i that count, where kSelects; weigh(link, i, n, z, term): a term's weight
 // put into it. kTerms: how many may be summed in fp32, or multiplied.
 template <class V> struct AllTerms {
   static constexpr bool kSelects = false;
   static constexpr int kTerms = 64;
-  template <class N> GOL_FN NegativeTerm<V> weigh(int64_t, N, V, const NegativeTerm<V>& t) const { return t; }
+  template <class Link, class N>
+  GOL_FN NegativeTerm<V> weigh(const Link&, int64_t, N, V, const NegativeTerm<V>& t) const {
+    return t;
+  }
 };
 
 template <class V> struct MaskedTerms : AllTerms<V> {
@@ -84,7 +87,8 @@ template <class V, class Number> struct WeightedTerms {
   const Number* weight;
   GOL_FN explicit WeightedTerms(const void* table) : weight(static_cast<const Number*>(table)) {}
   // A term of weight 0 does not exist, whatever its logit; a weight that is no number shows.
-  template <class N> GOL_FN NegativeTerm<V> weigh(int64_t i, N n, V, const NegativeTerm<V>& t) const {
+  template <class Link, class N>
+  GOL_FN NegativeTerm<V> weigh(const Link&, int64_t i, N n, V, const NegativeTerm<V>& t) const {
     const V w = load_lanes<V>(weight + i, n);
     const auto gone = less(vmax(w, V(0.0) - w), V(1.2e-38));
     const NegativeTerm<V> u = weighted(w, t);
@@ -92,18 +96,23 @@ template <class V, class Number> struct WeightedTerms {
   }
 };
 
-template <class V, class Link, class Number> struct SeesawTerms {
+// kSquare: q is 2, the paper's, and a square of the quotient of probabilities needs no exponential.
+template <class V, class Number, bool kSquare> struct SeesawTerms {
   static constexpr bool kSelects = false;
   static constexpr int kTerms = 16;
-  const Link& link;
   const Number* power;
   SeesawRow<V> factors;
-  GOL_FN SeesawTerms(const Link& l, const cpu::BernoulliArgs& a, int64_t label, double log2_p)
-      : link(l), power(static_cast<const Number*>(a.power)),
-        factors(static_cast<double>(power[label]), a.q, vmax(log2_p, a.log2_eps)) {}
-  template <class N> GOL_FN NegativeTerm<V> weigh(int64_t i, N n, V z, const NegativeTerm<V>& t) const {
+  V inverse_limit;
+  // limit: max(p_y, eps).
+  GOL_FN SeesawTerms(const cpu::BernoulliArgs& a, int64_t label, double limit)
+      : power(static_cast<const Number*>(a.power)),
+        factors(static_cast<double>(power[label]), a.q, std::log2(limit)), inverse_limit(1.0 / limit) {}
+  template <class Link, class N>
+  GOL_FN NegativeTerm<V> weigh(const Link& link, int64_t i, N n, V z, const NegativeTerm<V>& t) const {
     const V mitigation = factors.mitigation(load_lanes<V>(power + i, n));
-    return weighted(mitigation * factors.compensation(link.log2_probability(z)), t);
+    if constexpr (!kSquare) return weighted(mitigation * factors.compensation(link.log2_probability(z)), t);
+    const V ratio = vmax(link.probability(z) * inverse_limit, V(1.0));
+    return weighted(mitigation * ratio * ratio, t);
   }
 };
 
@@ -122,15 +131,15 @@ GOL_FN double negatives(const Link& link, const Number* z, Number* grad, int64_t
                            select(on, t.slope, zero)};
   };
   // n <= W elements from i on, the hole perhaps among them.
-  const auto careful = [&](int64_t i, int n) {
+  const auto careful = [&](int64_t i, auto n) {
     auto on = L::first(n);
     if (hole >= i && hole < i + n) on = L::both(on, L::clear_bits(uint64_t{1} << (hole - i)));
-    const V logits = L::load(z + i, n);
+    const V logits = load_lanes<V>(z + i, n);
     if constexpr (Terms::kSelects) on = L::both(on, terms.kept(i, logits));
-    const NegativeTerm<V> t = only(on, terms.weigh(i, n, logits, link.negative(logits)));
+    const NegativeTerm<V> t = only(on, terms.weigh(link, i, n, logits, link.negative(logits)));
     sum.add(t);
     sum.added(1);
-    if (kGrad) L::store(grad + i, n, scale * t.slope);
+    if (kGrad) store_lanes(grad + i, n, scale * t.slope);
   };
   // A store across two cache lines costs twice.
   const int64_t head = kGrad ? to_alignment<V>(grad) : 0;
@@ -148,20 +157,10 @@ GOL_FN double negatives(const Link& link, const Number* z, Number* grad, int64_t
     const int64_t vectors = whole < sum.room() ? whole : sum.room();
     for (const int64_t end = i + vectors * W; i < end; i += W) {
       const V logits = L::load(z + i);
-      if constexpr (Terms::kSelects) {
-        const auto kept = terms.kept(i, logits);
-        if (!L::any(kept)) {
-          if (kGrad) L::store(grad + i, zero);
-          continue;
-        }
-        const NegativeTerm<V> t = only(kept, link.negative(logits));
-        sum.add(t);
-        if (kGrad) L::store(grad + i, scale * t.slope);
-      } else {
-        const NegativeTerm<V> t = terms.weigh(i, full, logits, link.negative(logits));
-        sum.add(t);
-        if (kGrad) L::store(grad + i, scale * t.slope);
-      }
+      NegativeTerm<V> t = terms.weigh(link, i, full, logits, link.negative(logits));
+      if constexpr (Terms::kSelects) t = only(terms.kept(i, logits), t);
+      sum.add(t);
+      if (kGrad) L::store(grad + i, scale * t.slope);
     }
     sum.added(vectors);
   }
@@ -196,12 +195,12 @@ template <class V, class From, class To> GOL_FN void convert(const From* from, i
   for_vectors<V>(0, count, [&](int64_t j, auto n) { store_lanes(to + j, n, load_lanes<V>(from + j, n)); });
 }
 
-// sums[j] += factor * |grad[j]|
+// sums[j] += factor * grad[j]
 template <class V, class Number>
-GOL_FN void add_magnitudes(const Number* grad, int64_t count, double factor, Number* sums) {
+GOL_FN void add_row(const Number* grad, int64_t count, double factor, Number* sums) {
+  const V f(factor);
   for_vectors<V>(0, count, [&](int64_t j, auto n) {
-    const V g = load_lanes<V>(grad + j, n);
-    store_lanes(sums + j, n, fma(V(factor), vmax(g, V(0.0) - g), load_lanes<V>(sums + j, n)));
+    store_lanes(sums + j, n, fma(f, load_lanes<V>(grad + j, n), load_lanes<V>(sums + j, n)));
   });
 }
 
@@ -254,13 +253,14 @@ void bernoulli_rows(const cpu::BernoulliArgs& a, int64_t begin, int64_t end, uin
         case cpu::Terms::kAbove: loss = total(AboveTerms<V>(a.logit_limit)); break;
         case cpu::Terms::kWeighted: loss = total(WeightedTerms<V, Number>(a.weight)); break;
         case cpu::Terms::kSeesaw: {
-          const double log2_p = exact_link.log2_probability(first_element<V>(z + label));
-          loss = total(SeesawTerms<V, LinkFor<V>, Number>(link, a, label, log2_p));
+          const double limit = vmax(exact_link.probability(first_element<V>(z + label)), a.eps);
+          loss = a.q == 2 ? total(SeesawTerms<V, Number, true>(a, label, limit))
+                          : total(SeesawTerms<V, Number, false>(a, label, limit));
         } break;
       }
       loss *= kLn2;
       if (kGrad && a.row_weight != nullptr)
-        add_magnitudes<V>(grad, K, a.row_weight[row] / std::fabs(scale), sums);
+        add_row<V>(grad, K, a.row_weight[row] / scale, sums);  // slopes are positive
       const double weight = a.positive_weight != nullptr ? a.positive_weight[row] : 1.0;
       if (positive < K && weight != 0) {
         const PositiveTerm<double> t = exact_link.positive(first_element<V>(z + positive));

@@ -6,7 +6,8 @@
 #include <cmath>
 #include <limits>
 
-#include "seesaw_table.h"
+#include "power_table.h"
+#include "rows.h"
 
 namespace gol {
 namespace cpu {
@@ -27,7 +28,7 @@ struct Tables {
   std::vector<double> positive_weight, weight64;
   std::vector<float> weight32;
   at::Tensor row_mask;
-  SeesawTable seesaw;
+  PowerTable power;
 };
 
 void set_link(const char* op, const Options& o, BernoulliArgs* args) {
@@ -44,12 +45,6 @@ void set_link(const char* op, const Options& o, BernoulliArgs* args) {
       !released || (o.link == "gumbel" && has_released), op,
       ": slope 'released' exists for link 'gumbel' and reweight 'none', 'eql' or 'drop', got link '", o.link,
       "' and reweight '", o.reweight, "'");
-}
-
-void check_table(const char* op, const char* name, const OptionalTensor& table, at::IntArrayRef shape,
-                 at::ScalarType dtype, c10::string_view reweight) {
-  TORCH_CHECK_VALUE(table.has_value() && table->sizes() == shape && table->scalar_type() == dtype, op,
-                    ": reweight '", reweight, "' needs ", name, ", a tensor of ", dtype, " ", shape);
 }
 
 // Masks of the kernel, a bit for each column where dropped(mask, column).
@@ -93,7 +88,7 @@ uint32_t keep_limit(const RowArguments& a, const BernoulliArgs& args, int64_t nu
 
 void set_drop(const RowArguments& a, const Rows& rows, const Options& o, BernoulliArgs* args,
               Tables* tables) {
-  check_table(a.op, "class_table", o.class_table, {args->num_columns}, at::kBool, o.reweight);
+  check_table(a.op, "class_table", o.class_table, {args->num_columns}, at::kBool, o.reweight, a.logits);
   const auto rare = o.class_table->accessor<bool, 1>();
   set_masks(1, [&](int64_t, int64_t c) { return rare[c]; }, args, tables);
   args->foreground = Terms::kMasked;
@@ -124,7 +119,7 @@ void set_weights(const RowArguments& a, const Rows& rows, const Options& o, Bern
 
 void set_federated(const RowArguments& a, const Rows& rows, const Options& o, BernoulliArgs* args,
                    Tables* tables) {
-  check_table(a.op, "class_table", o.class_table, {args->num_columns}, at::kBool, o.reweight);
+  check_table(a.op, "class_table", o.class_table, {args->num_columns}, at::kBool, o.reweight, a.logits);
   const auto kept = o.class_table->accessor<bool, 1>();
   set_masks(1, [&](int64_t, int64_t c) { return !kept[c]; }, args, tables);
   set_positive_weight([&](int64_t label) { return kept[label] ? 1.0 : 0.0; }, rows, args, tables);
@@ -134,8 +129,8 @@ void set_federated(const RowArguments& a, const Rows& rows, const Options& o, Be
 void set_acsl(const RowArguments& a, const Rows& rows, const Options& o, BernoulliArgs* args,
               Tables* tables) {
   const int64_t n = rows.logits.size(0);
-  check_table(a.op, "class_table", o.class_table, {args->num_columns}, at::kByte, o.reweight);
-  check_table(a.op, "row_table", o.row_table, {n}, at::kByte, o.reweight);
+  check_table(a.op, "class_table", o.class_table, {args->num_columns}, at::kByte, o.reweight, a.logits);
+  check_table(a.op, "row_table", o.row_table, {n}, at::kByte, o.reweight, a.logits);
   tables->row_mask = o.row_table->contiguous();
   args->row_mask = tables->row_mask.const_data_ptr<uint8_t>();
   const auto groups = o.class_table->accessor<uint8_t, 1>();
@@ -178,15 +173,16 @@ std::vector<double> run(const RowArguments& a, const Rows& rows, const std::vect
   else if (o.reweight == "federated") set_federated(a, rows, o, &args, &tables);
   else if (o.reweight == "acsl") set_acsl(a, rows, o, &args, &tables);
   else if (o.reweight == "seesaw") {
-    tables.seesaw = SeesawTable(a.op, o.class_table, a.num_classes, o.p, o.q, o.eps);
-    if (rows.dtype != DType::kFloat64 && !tables.seesaw.fits_float32()) {
+    check_counts(a.op, o.class_table, k, a.logits);
+    tables.power = seesaw_powers(*o.class_table, k, o.p);
+    args.power = tables.power.data(rows.dtype);
+    args.q = std::fmax(o.q, 0.0);
+    args.eps = o.eps;
+    if (rows.dtype != DType::kFloat64 && !tables.power.fits_float32(-args.q * std::log2(o.eps))) {
       return in_float64(rows, grad, [&](const Rows& wide, at::Tensor* wide_grad) {
         return run(a, wide, row_scale, o, wide_grad, statistics);
       });
     }
-    args.power = tables.seesaw.power(rows.dtype);
-    args.q = tables.seesaw.q();
-    args.log2_eps = tables.seesaw.log2_eps();
     args.foreground = Terms::kSeesaw;
   } else {
     TORCH_CHECK_VALUE(o.reweight == "none", a.op, ": unknown reweight '", o.reweight, "'");

@@ -46,7 +46,7 @@ struct BernoulliArgs {
   // Tables [K] are of double for kFloat64, else of float.
   const void* weight;  // of the negatives
   const void* power;   // Seesaw: n_c^p over its maximum, at least 2^-60 (kFloat64: 2^-900)
-  double q, log2_eps;
+  double q, eps;
   // Statistics: null, or what the sums over rows of row_weight |d row_loss / d z| are made of.
   const double* row_weight;  // [N]
   double* positive_slope;    // [N]: of the row's positive, without the row's weight
@@ -71,10 +71,11 @@ struct SoftmaxArgs {
   const double* objectness_scale;  // [N], of the objectness term
   double* row_loss;                // [N], unscaled
   double* row_objectness;          // [N], unscaled; null without objectness
-  // Seesaw: n_c^p over its maximum [num_softmax], float (double for kFloat64), at least 2^-60 (2^-900).
-  // Null: plain softmax.
-  const void* power;
-  double q, log2_eps;
+  // Tables [num_softmax], over their maximum: float, at least 2^-60 (kFloat64: double, 2^-900). Null: not
+  // used.
+  const void* power;  // Seesaw: n_c^p
+  double q, eps;
+  const void* prior;  // every exponential is multiplied by its class's
 };
 
 struct GumbelActivationArgs {

@@ -1,33 +1,16 @@
-// What every loss does before its kernel: checks, labels, and the factor of each row.
+// What every loss does before and after its kernel: checks, the factor of each row, sums over rows.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
-#include <optional>
-#include <string>
 #include <vector>
 
+#include "../checks.h"
 #include "kernels.h"
 
 namespace gol {
 namespace cpu {
-
-using OptionalTensor = std::optional<at::Tensor>;
-
-// The arguments that all losses share, under the names of the op schemas.
-struct RowArguments {
-  const char* op;
-  const at::Tensor& logits;           // [N, K]
-  const at::Tensor& labels;           // [N] int64 or int32
-  const OptionalTensor& row_weights;  // [N]
-  const OptionalTensor& avg_factor;   // 0-d
-  int64_t num_classes;                // the largest legal label
-  int64_t ignore_index;
-  c10::string_view reduction;
-  double scale;
-  bool validate;
-};
 
 struct Rows {
   at::Tensor logits;           // [N, K], dense in the last dimension
@@ -45,9 +28,6 @@ std::vector<double> scaled_by(const std::vector<double>& scale, const at::Tensor
 at::Tensor reduce_rows(const Rows& rows, const std::vector<double>& row_loss, c10::string_view reduction);
 // [N, K] for the gradient, or an empty tensor.
 at::Tensor empty_grad(const Rows& rows, bool compute_grad);
-// Labels of [N], int64, checked to lie in [0, num_classes] or to be ignore_index.
-at::Tensor checked_labels(const char* op, const at::Tensor& labels, int64_t num_classes, int64_t ignore_index,
-                          bool validate);
 
 // The same rows in float64: body(wide rows, wide gradient or null), whose result is returned.
 template <class Body> auto in_float64(const Rows& rows, at::Tensor* grad, const Body& body) {

@@ -1,7 +1,10 @@
 // gol_kernels::softmax_{loss,grad}_native and label_counts_native on the CPU.
 #include <torch/library.h>
 
-#include "seesaw_table.h"
+#include <cmath>
+
+#include "power_table.h"
+#include "rows.h"
 
 namespace gol {
 namespace cpu {
@@ -35,19 +38,27 @@ RowLosses run(const RowArguments& a, const Rows& rows, const std::vector<double>
   args.row_loss = losses.classes.data();
   args.row_objectness = o.objectness ? losses.objectness.data() : nullptr;
   const bool fp64 = rows.dtype == DType::kFloat64;
-  SeesawTable seesaw;
+  PowerTable power;
+  double other_bits = 0;
   if (o.reweight == "seesaw") {
-    seesaw = SeesawTable(a.op, class_table, args.num_softmax, o.p, o.q, o.eps);
-    if (!fp64 && !seesaw.fits_float32()) {
-      return in_float64(rows, grad, [&](const Rows& wide, at::Tensor* wide_grad) {
-        return run(a, wide, class_scale, objectness_scale, o, class_table, wide_grad);
-      });
-    }
-    args.power = seesaw.power(rows.dtype);
-    args.q = seesaw.q();
-    args.log2_eps = seesaw.log2_eps();
+    check_counts(a.op, class_table, args.num_softmax, a.logits);
+    power = seesaw_powers(*class_table, args.num_softmax, o.p);
+    args.power = power.data(rows.dtype);
+    args.q = std::fmax(o.q, 0.0);
+    args.eps = o.eps;
+    other_bits = -args.q * std::log2(o.eps);
+  } else if (o.reweight == "prior") {
+    TORCH_CHECK_VALUE(class_table.has_value() && class_table->dim() == 1 && class_table->size(0) == k, a.op,
+                      ": reweight 'prior' needs class_table, a tensor of [", k, "]");
+    power = priors(*class_table);
+    args.prior = power.data(rows.dtype);
   } else {
     TORCH_CHECK_VALUE(o.reweight == "none", a.op, ": unknown reweight '", o.reweight, "'");
+  }
+  if (!fp64 && !power.fits_float32(other_bits)) {
+    return in_float64(rows, grad, [&](const Rows& wide, at::Tensor* wide_grad) {
+      return run(a, wide, class_scale, objectness_scale, o, class_table, wide_grad);
+    });
   }
   const KernelTable& table = fp64 ? kGenericKernels : kernels();
   parallel_ranges<double>(n, kRowGrain, 2 * k + 32, [&](int64_t begin, int64_t end, double* scratch) {
@@ -88,11 +99,12 @@ at::Tensor softmax_grad(const at::Tensor& grad_classes, const at::Tensor& grad_o
 }
 
 at::Tensor label_counts(const at::Tensor& labels, int64_t num_classes, int64_t ignore_index, bool validate) {
-  const at::Tensor checked = checked_labels("label_counts", labels, num_classes, ignore_index, validate);
-  at::Tensor counts = at::zeros({num_classes + 1}, checked.options());
+  check_labels("label_counts", labels, num_classes, ignore_index, validate);
+  const at::Tensor dense = labels.to(at::kLong).contiguous();
+  at::Tensor counts = at::zeros({num_classes + 1}, dense.options());
   int64_t* count = counts.mutable_data_ptr<int64_t>();
-  const int64_t* label = checked.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < checked.numel(); ++i) {
+  const int64_t* label = dense.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < dense.numel(); ++i) {
     if (label[i] >= 0 && label[i] <= num_classes && label[i] != ignore_index) ++count[label[i]];
   }
   return counts;
