@@ -44,12 +44,29 @@ template <class T> __device__ __forceinline__ Vector<T> load_streaming(const T* 
 }
 
 template <class T> __device__ __forceinline__ void store(T* p, const Vector<T>& v) {
-  *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(&v);
+  const uint4 bits = *reinterpret_cast<const uint4*>(&v);
+#if defined(__CUDA_ARCH__)
+  // Of an assignment the compiler at times makes four stores.
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(bits.x),
+               "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
+#else
+  *reinterpret_cast<uint4*>(p) = bits;
+#endif
 }
 
 template <class T> __device__ __forceinline__ void unpack(const Vector<T>& v, Number<T>* x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // the upper half of a float: one instruction each
+    const auto* pair = reinterpret_cast<const uint32_t*>(&v);
 #pragma unroll
-  for (int j = 0; j < Vector<T>::kSize; ++j) x[j] = to_number(v.element[j]);
+    for (int j = 0; j < Vector<T>::kSize; j += 2) {
+      x[j] = __uint_as_float(pair[j / 2] << 16);
+      x[j + 1] = __uint_as_float(pair[j / 2] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < Vector<T>::kSize; ++j) x[j] = to_number(v.element[j]);
+  }
 }
 
 // Two numbers of 16 bits are rounded by one instruction.
@@ -152,16 +169,26 @@ template <class N> struct Row {
   __device__ __forceinline__ N scale() const { return weight * factor; }
 };
 
+// What is read of a row; a loop can do so a turn ahead.
+template <class N> struct RowInput {
+  int64_t label;
+  N weight;
+};
+template <class N> __device__ __forceinline__ RowInput<N> load_row(const RowArgs& a, int64_t row) {
+  return {a.labels[row], a.row_weights == nullptr ? N(1) : static_cast<const N*>(a.row_weights)[row]};
+}
+
 // factor: batch_factor.
-template <class N> __device__ __forceinline__ Row<N> read_row(const RowArgs& a, int64_t row, N factor) {
-  const int64_t label = a.labels[row];
-  const bool ignored = label == a.ignore_index;
-  const bool legal = static_cast<uint64_t>(label) <= static_cast<uint64_t>(a.num_classes);
+template <class N>
+__device__ __forceinline__ Row<N> make_row(const RowArgs& a, const RowInput<N>& input, N factor) {
+  const bool ignored = input.label == a.ignore_index;
+  const bool legal = static_cast<uint64_t>(input.label) <= static_cast<uint64_t>(a.num_classes);
   const bool exists = legal && !ignored;
-  N weight = N(1);
-  if (a.row_weights != nullptr) weight = static_cast<const N*>(a.row_weights)[row];
-  return {exists ? static_cast<int>(label) : -1, exists ? weight : N(0),
+  return {exists ? static_cast<int>(input.label) : -1, exists ? input.weight : N(0),
           legal || ignored ? factor : static_cast<N>(NAN)};
+}
+template <class N> __device__ __forceinline__ Row<N> read_row(const RowArgs& a, int64_t row, N factor) {
+  return make_row(a, load_row<N>(a, row), factor);
 }
 
 template <class N> __device__ __forceinline__ N read(const Upstream& u, int64_t row) {

@@ -59,15 +59,24 @@ struct Upstream {
   int64_t stride;    // 0: one for all rows
 };
 
-// The one small kernel before the others: it sets arrived to 0, counts labels and makes Seesaw's table.
+// A row of a Bernoulli loss, read by each of its hundred and more vectors.
+template <class Number> struct alignas(2 * sizeof(Number)) CodedRow {
+  int positive;   // the column of its label, -1: none
+  Number weight;  // 0: the row does not exist; NaN: its label is illegal
+};
+
+// The one small kernel before the others: it sets arrived to 0, counts labels, makes Seesaw's table and codes
+// rows.
 struct PrologueArgs {
   RowArgs rows;        // num_counts of blocks count labels
   const bool* rare;    // [num_classes] for BatchCounts::rare; null: none
   Reals class_counts;  // for Seesaw
   int64_t num_powers;  // of class_counts; 0: no table
   double p;
+  bool is_double;  // Number is
   void* power;  // Number [num_powers]: max(n, 1)^p over the largest of them, at least 2^-120 (double: 2^-900)
-  bool power_is_double;
+  void* coded_rows;  // CodedRow<Number> [N]; null: none
+  int num_columns;   // K, for coded_rows
 };
 
 int prologue_blocks(int64_t num_rows);  // for RowArgs::num_counts

@@ -7,7 +7,7 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kRowsPerBlock = 8 * kThreads;
+constexpr int kRowsPerBlock = 4 * kThreads;
 
 // One of this block's labels after the other, a block's share of the batch being contiguous.
 __device__ BatchCounts count_labels(const PrologueArgs& a) {
@@ -44,12 +44,20 @@ __device__ void make_powers(const PrologueArgs& a) {
   double largest = 1;
   for (int64_t c = threadIdx.x; c < a.num_powers; c += kThreads) largest = vmax(largest, count(c));
   const double log2_largest = log2(block_max(largest));
-  const double p = vmax(a.p, 0.0), lowest = a.power_is_double ? -900 : -120;
+  const double p = vmax(a.p, 0.0), lowest = a.is_double ? -900 : -120;
   for (int64_t c = int64_t{blockIdx.x} * kThreads + threadIdx.x; c < a.num_powers;
        c += int64_t{gridDim.x} * kThreads) {
     const double power = exp2(vmax(p * (log2(count(c)) - log2_largest), lowest));
-    if (a.power_is_double) static_cast<double*>(a.power)[c] = power;
+    if (a.is_double) static_cast<double*>(a.power)[c] = power;
     else static_cast<float*>(a.power)[c] = static_cast<float>(power);
+  }
+}
+
+template <class N> __device__ void code_rows(const PrologueArgs& a) {
+  for (int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x; row < a.rows.num_rows;
+       row += int64_t{gridDim.x} * kThreads) {
+    const Row<N> r = read_row<N>(a.rows, row, N(1));
+    static_cast<CodedRow<N>*>(a.coded_rows)[row] = {r.label < a.num_columns ? r.label : -1, r.scale()};
   }
 }
 
@@ -62,6 +70,8 @@ __global__ void __launch_bounds__(kThreads) prologue(const __grid_constant__ Pro
     if (threadIdx.x == 0) workspace->counts[blockIdx.x] = c;
   }
   if (a.num_powers > 0) make_powers(a);
+  if (a.coded_rows != nullptr && a.is_double) code_rows<double>(a);
+  if (a.coded_rows != nullptr && !a.is_double) code_rows<float>(a);
 }
 
 }  // namespace
@@ -72,7 +82,8 @@ int prologue_blocks(int64_t num_rows) {
 }
 
 cudaError_t launch_prologue(const PrologueArgs& a, cudaStream_t stream) {
-  return launch(prologue, a.rows.num_counts > 0 ? a.rows.num_counts : 1, kThreads, stream, a);
+  const bool one_block = a.rows.num_counts == 0 && a.coded_rows == nullptr;
+  return launch(prologue, one_block ? 1 : prologue_blocks(a.rows.num_rows), kThreads, stream, a);
 }
 
 }  // namespace cuda
