@@ -123,6 +123,7 @@ class TrainConfig:
     log_interval: int = 20  # steps between log rows; losses are read from the device, and checked, only then
     checkpoint_interval: int = 1000  # steps between checkpoints; one is also written at the end
     init_from: str = ""  # a checkpoint whose weights start this run (not a resume)
+    capture_steps: tuple[int, ...] = ()  # steps whose classification batches are saved for the benches
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ def _check_values(config: Config) -> None:
         (train.log_interval > 0, "train.log_interval must be positive"),
         (train.checkpoint_interval > 0, "train.checkpoint_interval must be positive"),
         (list(train.milestones) == sorted(train.milestones), "train.milestones must ascend"),
+        (min(train.capture_steps, default=1) > 0, "train.capture_steps are counted from 1"),
         (config.eval.max_detections > 0, "eval.max_detections must be positive"),
     ]
     for holds, message in rules:

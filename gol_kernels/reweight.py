@@ -169,7 +169,8 @@ def inverse_sigmoid(p: float) -> float:
 
 def inverse_probit(p: float) -> float:
     """The normal quantile."""
-    return float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64)))
+    # On the CPU whatever torch.set_default_device says: the number is read here.
+    return float(torch.special.ndtri(torch.tensor(p, dtype=torch.float64, device="cpu")))
 
 
 def check_eps(eps: float) -> None:

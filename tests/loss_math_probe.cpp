@@ -8,7 +8,7 @@ namespace {
 
 using namespace gol;
 
-// out: [6, n] loss and slope of a positive, loss and slope of a negative, log2 p, factor.
+// out: [7, n] loss and slope of a positive, loss and slope of a negative, log2 p, p, factor.
 template <class V, class Link> void link_values(const LinkOptions& options, const V* z, int64_t n, V* out) {
   const Link link(options);
   for (int64_t i = 0; i < n; ++i) {
@@ -19,7 +19,8 @@ template <class V, class Link> void link_values(const LinkOptions& options, cons
     out[2 * n + i] = V(kLn2) * (t.linear - gol::log2(t.factor));
     out[3 * n + i] = V(link.unit) * t.slope;
     out[4 * n + i] = link.log2_probability(z[i]);
-    out[5 * n + i] = t.factor;
+    out[5 * n + i] = link.probability(z[i]);
+    out[6 * n + i] = t.factor;
   }
 }
 

@@ -60,17 +60,18 @@ def _pointer(array: np.ndarray) -> ctypes.c_void_p:
 def _values(probe: ctypes.CDLL, kind: str, name: str, z: np.ndarray) -> tuple[np.ndarray, int]:
     number, temperature, low, high, edge, _ = LINKS[name]
     z = np.ascontiguousarray(z, KINDS[kind])
-    out = np.empty((6, len(z)), KINDS[kind])
+    out = np.empty((7, len(z)), KINDS[kind])
     options = [ctypes.c_double(value) for value in (temperature, low, high, edge)]
     function = getattr(probe, f"link_{kind}")
     return out, function(number, *options, _pointer(z), ctypes.c_int64(len(z)), _pointer(out))
 
 
 def _expected(name: str, z: np.ndarray) -> np.ndarray:
-    """As _values' first five rows, in float64."""
+    """As _values' first six rows, in float64."""
     link, x = LINKS[name][-1], torch.from_numpy(z.astype(np.float64))
     positive, negative = link.positive(x), link.negative(x)
-    return np.stack([t.numpy() for t in (*positive, *negative, -positive[0] / math.log(2))])
+    log_p = -positive[0]
+    return np.stack([t.numpy() for t in (*positive, *negative, log_p / math.log(2), log_p.exp())])
 
 
 def _grid(kind: str) -> np.ndarray:
@@ -88,7 +89,7 @@ def test_double(probe: ctypes.CDLL, name: str) -> None:
     found, _ = _values(probe, "double", name, z)
     expected = _expected(name, z)
     # 1 - p and 1 - g r round at 1e-16, which is what a loss below that is off by.
-    np.testing.assert_allclose(found[:5], expected, rtol=5e-13, atol=3e-16)
+    np.testing.assert_allclose(found[:6], expected, rtol=5e-13, atol=3e-16)
 
 
 @pytest.mark.parametrize("name", LINKS)
@@ -99,7 +100,7 @@ def test_float(probe: ctypes.CDLL, name: str) -> None:
     expected = _expected(name, z)
     rtol = 1.5e-5 if name.startswith("gumbel") else 4e-6
     # Against the largest loss and slope of the link near the middle, errors are at float32's last digit.
-    np.testing.assert_allclose(found[:5], expected, rtol=rtol, atol=1.5e-7)
+    np.testing.assert_allclose(found[:6], expected, rtol=rtol, atol=1.5e-7)
     middle = (z > -2) & (z < 9) if name.startswith("gumbel") else np.abs(z) < 4
     np.testing.assert_allclose(found[1, middle], expected[1, middle], rtol=2e-6, atol=0)
     np.testing.assert_allclose(found[3, middle], expected[3, middle], rtol=2e-6, atol=0)
@@ -110,9 +111,9 @@ def test_float(probe: ctypes.CDLL, name: str) -> None:
 def test_nan_and_infinity(probe: ctypes.CDLL, kind: str, name: str) -> None:
     z = np.array([np.nan, np.inf, -np.inf], KINDS[kind])
     found, _ = _values(probe, kind, name, z)
-    assert np.isnan(found[:5, 0]).all()
+    assert np.isnan(found[:6, 0]).all()
     expected = _expected(name, z)
-    np.testing.assert_allclose(found[:5, 1:], expected[:, 1:], rtol=1.5e-5, atol=1e-7)
+    np.testing.assert_allclose(found[:6, 1:], expected[:, 1:], rtol=1.5e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", LINKS)
@@ -121,8 +122,8 @@ def test_product_of_factors_stays_normal(probe: ctypes.CDLL, name: str) -> None:
     low, high = max(LINKS[name][2], -1e4), min(LINKS[name][3], 1e4)
     z = np.concatenate([_grid("float"), np.array([low, high])])
     found, most = _values(probe, "float", name, z)
-    assert found[5].max() <= 1
-    assert most * math.log2(float(found[5].min())) > -126
+    assert found[6].max() <= 1
+    assert most * math.log2(float(found[6].min())) > -126
 
 
 @pytest.mark.parametrize("kind", KINDS)

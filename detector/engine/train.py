@@ -18,6 +18,7 @@ from torch.utils import deterministic
 from detector.config import Config, ConfigError, save_config, to_dict
 from detector.data.annotations import LvisAnnotations
 from detector.data.loader import build_train_loader
+from detector.engine.capture import BATCHES, capture_batches
 from detector.engine.checkpoint import (
     LAST,
     CheckpointError,
@@ -44,6 +45,7 @@ RUN_FILES = (
     "results.json",
     "plots/*.png",
     "predictions.png",
+    f"{BATCHES}/*.pt",
 )
 
 
@@ -143,6 +145,15 @@ class Trainer:
         )
         if process.is_main:
             save_config(config, config.run_dir / "config.yaml")
+            if config.train.capture_steps:
+                capture_batches(
+                    self.model.roi_heads.loss,
+                    config.loss,
+                    self.classes.stats,
+                    steps=config.train.capture_steps,
+                    folder=config.run_dir,
+                    current_step=lambda: self.step + 1,
+                )
 
     def run(self) -> None:
         """Train to the end of the schedule; leaves a checkpoint of the end."""
