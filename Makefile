@@ -16,6 +16,11 @@ ifndef GOL_KERNELS_NO_EXT
 export GOL_KERNELS_FORCE_EXT ?= 1
 endif
 
+# Without a GPU the CUDA kernels cannot run: where there is a compiler for them, one architecture shows that they build.
+ifeq ($(shell command -v nvidia-smi),)
+export TORCH_CUDA_ARCH_LIST ?= 9.0
+endif
+
 DEMO_DATA := data/demo-seed$(SEED)
 DEMO_RUN := runs/demo-seed$(SEED)
 

@@ -1,6 +1,9 @@
 """The benches: what each loss costs, beside eager PyTorch, compiled PyTorch and a plain copy.
 
 python -m bench            measure on this machine's CPU and append to bench/records/cpu.jsonl
-python -m bench readme     write the README's tables from the newest complete run
-python -m bench plot       draw bench/plots/cpu.png from it
+python -m bench gpu        measure on its GPU and append to bench/records/gpu.jsonl (--dry-run: on the CPU)
+python -m bench readme     write the README's tables from the newest complete runs
+python -m bench plot       draw bench/plots/cpu.png and gpu.png from them
+
+Both measure real batches with --batch FILE: what the trainer saves with train.capture_steps.
 """

@@ -8,32 +8,40 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import torch
+
 from . import __doc__ as description
-from . import demo
-from .cases import CASES, COLUMNS, ROWS
+from . import device, device_report
+from .captured import Captured
+from .cases import CASES, COLUMNS, ROWS, Batch, Case
 from .measure import MALLOC_MODES, measure
-from .plots import draw
+from .meters import CudaMeter, HostMeter, Meter
 from .records import ROOT, Row, append, environment, newest_complete, read
 from .report import BEGIN, END, replace_between, tables, target_lines
 
 RECORDS = ROOT / "bench" / "records" / "cpu.jsonl"
+GPU_RECORDS = RECORDS.with_name("gpu.jsonl")
 DEMO_RECORDS = RECORDS.with_name("demo.jsonl")
-PLOT = ROOT / "bench" / "plots" / "cpu.png"
+PLOTS = ROOT / "bench" / "plots"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0; 1 when a provider was refused or a measuring process failed."""
     options = _parser().parse_args(argv)
     if options.command == "readme":
-        speed = newest_complete(read(options.records), CASES, MALLOC_MODES)
-        replace_between(options.readme, BEGIN, END, tables(speed))
-        replace_between(options.readme, demo.BEGIN, demo.END, demo.table(read(options.demo_records)))
+        _write_readme(options)
     elif options.command == "demo":
+        from . import demo
+
         append(options.records, [demo.record(run) for run in options.runs])
     elif options.command == "plot":
-        draw(options.output, newest_complete(read(options.records), CASES, MALLOC_MODES))
+        _draw(options)
+    elif options.command == "gpu":
+        return _run_on_gpu(options)
     elif options.command == "worker":
         rows, refused = _measure(options)
         append(options.output, rows)
@@ -47,13 +55,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+# The trainer and matplotlib are imported where they are needed: a machine that measures need not have them.
+def _draw(options: argparse.Namespace) -> None:
+    from . import plots
+
+    if options.only != "gpu":
+        plots.draw(options.folder / "cpu.png", newest_complete(read(options.records), CASES, MALLOC_MODES))
+    if options.only != "cpu" and options.gpu_records.exists():
+        plots.draw_device(options.folder / "gpu.png", device_report.newest(read(options.gpu_records)))
+
+
+def _write_readme(options: argparse.Namespace) -> None:
+    """Of the GPU nothing is written while nothing was measured."""
+    from . import demo
+
+    speed = newest_complete(read(options.records), CASES, MALLOC_MODES)
+    replace_between(options.readme, BEGIN, END, tables(speed))
+    replace_between(options.readme, demo.BEGIN, demo.END, demo.table(read(options.demo_records)))
+    if options.gpu_records.exists():
+        rows = device_report.newest(read(options.gpu_records))
+        replace_between(options.readme, device_report.BEGIN, device_report.END, device_report.tables(rows))
+
+
 def _measure(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
+    if options.batch is None:
+        names, columns = options.cases or list(CASES), options.columns
+        batch_of = partial(Case.batch, n=options.rows, k=columns)
+    else:
+        captured = Captured.load(options.batch)
+        names, columns = options.cases or captured.cases(), None
+        batch_of = partial(captured.batch, dtype=torch.float32)
     return measure(
-        [CASES[name] for name in options.cases],
+        [CASES[name] for name in names],
+        batch_of=batch_of,
+        accuracy_columns=columns,
         malloc=options.malloc,
         eager=options.eager,
-        n=options.rows,
-        k=options.columns,
         threads=options.threads,
         rounds=options.rounds,
         min_ms=options.min_ms,
@@ -70,7 +107,9 @@ def _run(options: argparse.Namespace) -> tuple[list[Row], bool]:
             command = [sys.executable, "-m", "bench", "worker", malloc, str(output)]
             for name in ("rows", "columns", "threads", "rounds", "min_ms"):
                 command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-            command += ["--cases", *options.cases, *(["--eager"] if options.eager else [])]
+            command += ["--cases", *options.cases] if options.cases else []
+            command += ["--batch", str(options.batch.resolve())] if options.batch else []
+            command += ["--eager"] if options.eager else []
             set_here = variables | {"OMP_NUM_THREADS": str(options.threads)}
             finished = subprocess.run(command, cwd=ROOT, env=plain | set_here, check=False)
             failed = failed or finished.returncode != 0
@@ -79,15 +118,72 @@ def _run(options: argparse.Namespace) -> tuple[list[Row], bool]:
     return rows, failed
 
 
+def _run_on_gpu(options: argparse.Namespace) -> int:
+    if not options.dry_run and not torch.cuda.is_available():
+        raise SystemExit("python -m bench gpu: torch sees no GPU (--dry-run goes through it on the CPU)")
+    meter = HostMeter() if options.dry_run else CudaMeter()
+    facts, rows = device.environment(), []
+
+    def write(found: list[Row]) -> None:
+        rows.extend(facts | row for row in found)
+        if options.records is not None:
+            append(options.records, [facts | row for row in found])
+
+    if options.records is None and not options.dry_run:
+        options.records = GPU_RECORDS
+    good = device.measure(
+        _settings(options, meter),
+        meter,
+        device.Effort(options.rounds, options.min_ms),
+        budget_s=options.budget_s,
+        write=write,
+        report=partial(print, flush=True),
+    )
+    print(*device_report.target_lines(rows), sep="\n")
+    if device_report.is_complete(rows):
+        print(device_report.tables(rows))
+    return int(not good)
+
+
+def _settings(options: argparse.Namespace, meter: Meter) -> list[tuple[device.Setting, Batch | None]]:
+    """Those of the profile with what the options say otherwise, or those of captured batches."""
+    profile = device.PROFILES["dry" if options.dry_run else options.profile]
+    changes = {
+        name: tuple(getattr(options, name))
+        for name in ("rows", "columns", "dtypes")
+        if getattr(options, name)
+    }
+    if options.eager:
+        changes["compiled_rows"] = ()
+    elif options.rows:
+        changes["compiled_rows"] = tuple(options.rows)
+    if not options.batch:
+        profile = replace(profile, **changes)
+        return [(setting, None) for setting in profile.settings(options.cases or device.DEVICE_CASES)]
+    settings: list[tuple[device.Setting, Batch | None]] = []
+    for captured in map(Captured.load, options.batch):
+        own = str(captured.logits.dtype).removeprefix("torch.")
+        for dtype in options.dtypes or [own]:
+            for name in options.cases or captured.cases():
+                batch = captured.batch(CASES[name], meter.device, device.DTYPES[dtype])
+                setting = device.Setting(CASES[name], *batch.logits.shape, dtype, not options.eager)
+                settings.append((setting, batch))
+    return settings
+
+
 def _parser() -> argparse.ArgumentParser:
-    settings = argparse.ArgumentParser(add_help=False)
-    settings.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES), metavar="CASE")
-    settings.add_argument("--eager", action="store_true", help="leave torch.compile out")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--cases", nargs="+", choices=tuple(CASES), metavar="CASE", help="default: all that fit"
+    )
+    common.add_argument("--eager", action="store_true", help="leave torch.compile out")
+    settings = argparse.ArgumentParser(add_help=False, parents=[common])
     settings.add_argument("--rows", type=int, default=ROWS, help="N (%(default)s)")
     settings.add_argument("--columns", type=int, default=COLUMNS, help="K (%(default)s)")
     settings.add_argument("--threads", type=int, default=1)
     settings.add_argument("--rounds", type=int, default=15)
     settings.add_argument("--min-ms", type=float, default=60.0, help="of one step in a round (%(default)s)")
+    settings.add_argument("--batch", type=Path, metavar="FILE", help="a captured batch")
 
     parser = argparse.ArgumentParser(
         prog="python -m bench",
@@ -101,17 +197,38 @@ def _parser() -> argparse.ArgumentParser:
     worker = commands.add_parser("worker", parents=[settings], help="measure in this process's malloc mode")
     worker.add_argument("malloc", choices=tuple(MALLOC_MODES))
     worker.add_argument("output", type=Path)
+    _add_gpu(commands.add_parser("gpu", parents=[common], help="measure on the GPU and record"))
     readme = commands.add_parser("readme", help="write the README's tables")
     readme.add_argument("--records", type=Path, default=RECORDS)
+    readme.add_argument("--gpu-records", type=Path, default=GPU_RECORDS)
     readme.add_argument("--demo-records", type=Path, default=DEMO_RECORDS)
     readme.add_argument("--readme", type=Path, default=ROOT / "README.md")
     demo_runs = commands.add_parser("demo", help="record finished runs of the demo")
     demo_runs.add_argument("runs", type=Path, nargs="+", metavar="RUN_FOLDER")
     demo_runs.add_argument("--records", type=Path, default=DEMO_RECORDS)
-    plot = commands.add_parser("plot", help="draw the newest complete run")
+    plot = commands.add_parser("plot", help="draw the newest complete runs")
     plot.add_argument("--records", type=Path, default=RECORDS)
-    plot.add_argument("--output", type=Path, default=PLOT)
+    plot.add_argument("--gpu-records", type=Path, default=GPU_RECORDS)
+    plot.add_argument("--folder", type=Path, default=PLOTS)
+    plot.add_argument("--only", choices=("cpu", "gpu"))
     return parser
+
+
+def _add_gpu(gpu: argparse.ArgumentParser) -> None:
+    gpu.add_argument("--profile", choices=("check", "full"), default="check", help="sizes (%(default)s)")
+    gpu.add_argument("--rows", type=int, nargs="+", help="N, instead of the profile's")
+    gpu.add_argument("--columns", type=int, nargs="+", help="K, instead of the profile's")
+    gpu.add_argument("--dtypes", nargs="+", choices=tuple(device.DTYPES), help="instead of the profile's")
+    gpu.add_argument("--batch", type=Path, nargs="+", metavar="FILE", help="captured batches")
+    gpu.add_argument(
+        "--budget-s", type=float, default=3600.0, help="start nothing new after it (%(default)s)"
+    )
+    gpu.add_argument("--rounds", type=int, default=9)
+    gpu.add_argument("--min-ms", type=float, default=6.0, help="of one provider in a round (%(default)s)")
+    gpu.add_argument("--records", type=Path, help=f"{GPU_RECORDS.relative_to(ROOT)}; of a dry run: none")
+    gpu.add_argument(
+        "--dry-run", action="store_true", help="tiny sizes on the CPU, nothing of a GPU measured"
+    )
 
 
 if __name__ == "__main__":

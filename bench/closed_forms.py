@@ -13,6 +13,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gol_kernels.reference import keep_limit
 
@@ -49,6 +50,38 @@ def eql(z: Tensor, labels: Tensor, rare: Tensor) -> tuple[Tensor, Tensor]:
     return _sigmoid(z, labels, ~((labels < z.shape[1])[:, None] & rare))
 
 
+def gumbel_seesaw(z: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Seesaw's factors on the negatives over C = K columns, all rows foreground; log p is -e."""
+    _, e, _ = _gumbel_terms(z, True)
+    return _gumbel(z, labels, _seesaw_log_weight(-e, labels, counts).exp(), len(z), exact=True)
+
+
+def eqlv2(z: Tensor, labels: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """EQLv2 (gamma = 12, mu = 0.8, alpha = 4) over C + 1 = K columns. Its gradient sums would be two more
+    reductions over rows, which Inductor makes a pass of its own: they are left out, in its favour."""
+    n = z.shape[0]
+    negative = F.pad(torch.sigmoid(12 * (ratio - 0.8)), (0, 1), value=1.0)
+    loss, slope = _softplus(z)
+    column = labels[:, None]
+    (positive_y, slope_y), negative_y = _softplus(-z.gather(1, column)), loss.gather(1, column)[:, 0]
+    own = 5 - 4 * negative[labels]
+    total = (loss * negative).sum(1) + own * positive_y[:, 0] - negative[labels] * negative_y
+    grad = (slope * negative / n).scatter_(1, column, -own[:, None] * slope_y / n)
+    return total.sum() / n, grad
+
+
+def federated(z: Tensor, labels: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns sampled, bool [K]; a label that is not among them has no positive."""
+    return _sigmoid(z, torch.where(sampled[labels], labels, z.shape[1]), sampled[None, :].expand_as(z))
+
+
+def acsl(z: Tensor, labels: Tensor, class_groups: Tensor, row_groups: Tensor) -> tuple[Tensor, Tensor]:
+    """ACSL (threshold 0.7) over C + 1 = K columns."""
+    foreground = (labels < z.shape[1] - 1)[:, None]
+    drawn = (row_groups[:, None] & class_groups) != 0
+    return _sigmoid(z, labels, torch.where(foreground, z >= math.log(0.7 / 0.3), drawn))
+
+
 def softmax(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy over K columns."""
     n = z.shape[0]
@@ -60,13 +93,8 @@ def seesaw(z: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Seesaw (p = 0.8, q = 2, eps = 0.01) and its objectness over C + 2 = K columns, all rows foreground."""
     n, c = z.shape[0], z.shape[1] - 2
     classes, column = z[:, :c], labels[:, None]
-    ln_n = counts.clamp(min=1).to(z.dtype).log()
     log_s = classes - classes.logsumexp(1, keepdim=True)
-    limit = log_s.gather(1, column).clamp(min=math.log(1e-2))
-    # Both factors vanish at the label: ln n_y - ln n_y, and log s_y is not above the limit.
-    mitigation = (ln_n - ln_n[labels][:, None]).clamp(max=0)
-    adjusted = classes + 0.8 * mitigation + 2.0 * (log_s - limit).clamp(min=0)
-    p, loss = _softmax_rows(adjusted, labels)
+    p, loss = _softmax_rows(classes + _seesaw_log_weight(log_s, labels, counts), labels)
     # All rows are objects: softplus(b - o), slope -sigmoid(b - o).
     d = z[:, c + 1] - z[:, c]
     slope = torch.sigmoid(d)
@@ -74,6 +102,20 @@ def seesaw(z: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     grad = torch.cat([p, -slope[:, None], slope[:, None]], 1)
     grad = grad.scatter_add_(1, column, z.new_full((n, 1), -1.0)) / n
     return (loss.sum() + objectness.sum()) / n, grad
+
+
+def softmax_with_prior(z: Tensor, labels: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of softmax(z + log prior) over K columns."""
+    return softmax(z + prior.log(), labels)
+
+
+def _seesaw_log_weight(log_s: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+    """p = 0.8, q = 2, eps = 0.01. Both factors vanish at the label: ln n_y - ln n_y, and log s_y is not above
+    the limit."""
+    ln_n = counts.clamp(min=1).to(log_s.dtype).log()
+    limit = log_s.gather(1, labels[:, None]).clamp(min=math.log(1e-2))
+    mitigation = (ln_n - ln_n[labels][:, None]).clamp(max=0)
+    return 0.8 * mitigation + 2.0 * (log_s - limit).clamp(min=0)
 
 
 def _softmax_rows(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,10 +184,17 @@ def _put_positives(
     positive_slope: Tensor,
     negative: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Summed loss and gradient, with the label's column taken out of the negatives and put in as positive."""
+    """Summed loss and gradient, with the label's column taken out of the negatives and put in as positive.
+
+    kept: bool, or a weight of every negative.
+    """
     if kept is not None:
-        loss, slope = torch.where(kept, loss, 0.0), torch.where(kept, slope, 0.0)
-        negative = torch.where(kept.gather(1, column), negative, 0.0)
+        loss, slope = _times(loss, kept), _times(slope, kept)
+        negative = _times(negative, kept.gather(1, column))
     total = loss.sum(1) + torch.where(has_positive, positive - negative, 0.0)[:, 0]
     own = torch.where(has_positive, positive_slope, slope.gather(1, column))
     return total.sum(), slope.scatter_(1, column, own)
+
+
+def _times(term: Tensor, kept: Tensor) -> Tensor:
+    return torch.where(kept, term, 0.0) if kept.dtype == torch.bool else term * kept

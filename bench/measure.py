@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .cases import Case
+from .cases import Batch, Case
 from .providers import Refused, check, eager_providers, errors, plain_closed_form, providers
 from .records import Row
 from .timing import CpuTimer, interleave, quantiles, speed_up
@@ -25,10 +25,10 @@ ACCURACY_ROWS, ACCURACY_SPREAD = 512, 2.5
 
 
 def speed_rows(
-    case: Case, *, malloc: str, eager: bool, n: int, k: int, threads: int, rounds: int, min_ms: float
+    case: Case, batch: Batch, *, malloc: str, eager: bool, threads: int, rounds: int, min_ms: float
 ) -> tuple[list[Row], list[str]]:
     """One row for each provider (with ``eager``, none compiled), and the reasons why others were refused."""
-    batch, steps, facts, refused = case.batch(n, k), {}, {}, []
+    (n, k), steps, facts, refused = batch.logits.shape, {}, {}, []
     for provider in (eager_providers if eager else providers)(case):
         try:
             found = check(provider, case, batch) if provider.computes else None
@@ -92,29 +92,38 @@ def accuracy_rows(case: Case, k: int) -> list[Row]:
 def measure(
     cases: Sequence[Case],
     *,
+    batch_of: Callable[[Case], Batch],
+    accuracy_columns: int | None,
     malloc: str,
     eager: bool,
-    n: int,
-    k: int,
     threads: int,
     rounds: int,
     min_ms: float,
     report: Callable[[str], None] = print,
 ) -> tuple[list[Row], list[str]]:
-    """All rows of this process, and what was refused; a line of progress for each case."""
+    """All rows of this process, and what was refused; a line of progress for each case.
+
+    accuracy_columns: K of the accuracy's batches; None measures speed alone.
+    """
     torch.set_num_threads(threads)
     rows, refused = [], []
     for case in cases:
         speed, reasons = speed_rows(
-            case, malloc=malloc, eager=eager, n=n, k=k, threads=threads, rounds=rounds, min_ms=min_ms
+            case,
+            batch_of(case),
+            malloc=malloc,
+            eager=eager,
+            threads=threads,
+            rounds=rounds,
+            min_ms=min_ms,
         )
         rows += speed
         refused += reasons
         report(f"{case.name}, malloc {malloc}, load average {os.getloadavg()[0]:.1f}")
         for row in speed:
             report(f"  {row['provider']:<22} {row['ms']['p50']:8.2f} ms {row['gb_per_s']:6.1f} GB/s")
-        if malloc == next(iter(MALLOC_MODES)):
-            rows += accuracy_rows(case, k)
+        if accuracy_columns is not None and malloc == next(iter(MALLOC_MODES)):
+            rows += accuracy_rows(case, accuracy_columns)
     for reason in refused:
         report(f"refused: {reason}")
     return rows, refused

@@ -89,7 +89,7 @@ def _speed_table(rows: Sequence[Row], malloc: str) -> str:
             cells.append(_ms(row, bold=name == ours[0]))
             cells += [f"{speed_up[b]:.1f}" if b in speed_up else "" for b in ("released", "compiled")]
         lines.append(cells)
-    return f"{_MALLOC[malloc]}:\n\n" + _markdown(header, lines) + _fewer_digits(rows)
+    return f"{_MALLOC[malloc]}:\n\n" + markdown(header, lines) + _fewer_digits(rows)
 
 
 def _fewer_digits(rows: Sequence[Row]) -> str:
@@ -113,7 +113,7 @@ def _accuracy_table(rows: Sequence[Row]) -> str:
         found = [find(rows, case=case, provider=name) for name in columns]
         cells = ["" if row is None else f"{row['errors']['gradient']:.1e}" for row in found]
         lines.append([CASES[case].title, *cells])
-    return "Relative L2 error of the float32 gradient against float64:\n\n" + _markdown(header, lines)
+    return "Relative L2 error of the float32 gradient against float64:\n\n" + markdown(header, lines)
 
 
 def _ms(row: Row | None, *, bold: bool = False) -> str:
@@ -123,7 +123,8 @@ def _ms(row: Row | None, *, bold: bool = False) -> str:
     return f"**{text}**" if bold else text
 
 
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
     rule = ["---", *("---:" for _ in header[1:])]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
 

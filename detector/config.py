@@ -102,11 +102,29 @@ class ModelConfig:
 class LossConfig:
     """The classification loss of the box head."""
 
-    name: Literal["softmax", "sigmoid", "gumbel", "eql", "droploss", "gol", "gol_star", "seesaw"] = "softmax"
+    name: Literal[
+        "softmax",
+        "sigmoid",
+        "gumbel",
+        "eql",
+        "droploss",
+        "gol",
+        "gol_star",
+        "seesaw",
+        "gumbel_seesaw",
+        "eqlv2",
+        "federated",
+        "gumbel_federated",
+        "acsl",
+        "gumbel_acsl",
+        "balanced_softmax",
+        "equilibrium",
+    ] = "softmax"
     threshold: float = (
         1.1e-3  # classes in a smaller share of the training images are the tail (eql, droploss, gol)
     )
     weight: float = 1.0
+    norcal: float = 0.0  # gamma of NorCal, which calibrates softmax scores when detecting; 0 turns it off
 
 
 @dataclass(frozen=True)
@@ -135,6 +153,7 @@ class TrainConfig:
     checkpoint_interval: int = 1000  # steps between checkpoints; one is also written at the end
     timeout: float = 30.0  # minutes that one process may let the others wait before the run ends
     init_from: str = ""  # a checkpoint whose weights start this run (not a resume)
+    capture_steps: tuple[int, ...] = ()  # steps whose classification batches are saved for the benches
 
 
 @dataclass(frozen=True)
@@ -202,6 +221,11 @@ def _check_values(config: Config) -> None:
             f"model.architecture={model.architecture} refines one box for all classes: it needs "
             f"model.class_agnostic_boxes=true",
         ),
+        (config.loss.norcal >= 0, "loss.norcal must not be negative"),
+        (
+            config.loss.norcal == 0 or config.loss.name == "softmax",
+            f"loss.norcal calibrates softmax scores, loss.name={config.loss.name} has none",
+        ),
         (0 < model.positive_fraction <= 1, "model.positive_fraction must lie in (0, 1]"),
         (train.batch_size > 0, "train.batch_size must be positive"),
         (train.epochs > 0 or train.max_steps > 0, "train.epochs or train.max_steps must be positive"),
@@ -210,6 +234,7 @@ def _check_values(config: Config) -> None:
         (train.log_interval > 0, "train.log_interval must be positive"),
         (train.checkpoint_interval > 0, "train.checkpoint_interval must be positive"),
         (list(train.milestones) == sorted(train.milestones), "train.milestones must ascend"),
+        (min(train.capture_steps, default=1) > 0, "train.capture_steps are counted from 1"),
         (config.eval.interval >= 0, "eval.interval must not be negative"),
         (config.eval.max_detections > 0, "eval.max_detections must be positive"),
     ]

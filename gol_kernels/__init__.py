@@ -11,19 +11,33 @@ __version__ = "0.1.0"
 
 from .backends import status as _status
 from .backends.native import build_info
+from .calibration import norcal
 from .class_stats import ClassStats
 from .functional import (
-    EQL,
-    Drop,
     gumbel_activation,
     gumbel_loss,
     label_counts,
+    probit_loss,
     seesaw_loss,
     sigmoid_loss,
     softmax_loss,
 )
-from .losses import DropLoss, EQLLoss, GumbelLoss, SeesawLoss, SigmoidLoss, SoftmaxLoss
+from .losses import (
+    ACSLLoss,
+    BalancedSoftmaxLoss,
+    DropLoss,
+    EQLLoss,
+    EQLv2Loss,
+    EquilibriumLoss,
+    FederatedLoss,
+    GumbelLoss,
+    GumbelSeesawLoss,
+    SeesawLoss,
+    SigmoidLoss,
+    SoftmaxLoss,
+)
 from .nn import NormedConv2d, NormedLinear, gumbel_prior_bias
+from .reweight import ACSL, EQL, ClassWeights, Drop, Federated, Seesaw
 
 
 def available_backends() -> list[str]:
@@ -32,14 +46,24 @@ def available_backends() -> list[str]:
 
 
 __all__ = [
+    "ACSL",
     "EQL",
+    "ACSLLoss",
+    "BalancedSoftmaxLoss",
     "ClassStats",
+    "ClassWeights",
     "Drop",
     "DropLoss",
     "EQLLoss",
+    "EQLv2Loss",
+    "EquilibriumLoss",
+    "Federated",
+    "FederatedLoss",
     "GumbelLoss",
+    "GumbelSeesawLoss",
     "NormedConv2d",
     "NormedLinear",
+    "Seesaw",
     "SeesawLoss",
     "SigmoidLoss",
     "SoftmaxLoss",
@@ -49,6 +73,8 @@ __all__ = [
     "gumbel_loss",
     "gumbel_prior_bias",
     "label_counts",
+    "norcal",
+    "probit_loss",
     "seesaw_loss",
     "sigmoid_loss",
     "softmax_loss",

@@ -23,6 +23,9 @@ class ClassStats(nn.Module):
         instance_count: int64 [C], annotated instances.
         num_images: int64 0-d, images with at least one annotation.
         label_counts: int64 [C+1], labels seen in training so far, background last.
+        positive_gradient, negative_gradient: float64 [C], sums of |d loss / d z| over the terms seen in
+            training so far in which the class was the label, and in which it was not.
+        mean_score: float64 [C], moving mean of the label's score (LOCE); starts at INITIAL_SCORE.
 
     Args:
         num_classes: C; may be left out where ``image_count`` is given.
@@ -31,10 +34,14 @@ class ClassStats(nn.Module):
         process_group: of the "global" sum; None is the default group.
     """
 
+    INITIAL_SCORE = 0.01
     image_count: Tensor
     instance_count: Tensor
     num_images: Tensor
     label_counts: Tensor
+    positive_gradient: Tensor
+    negative_gradient: Tensor
+    mean_score: Tensor
 
     def __init__(
         self,
@@ -62,6 +69,11 @@ class ClassStats(nn.Module):
         self.register_buffer("instance_count", self._counts("instance_count", instance_count))
         self.register_buffer("num_images", torch.tensor(int(num_images), dtype=torch.int64))
         self.register_buffer("label_counts", torch.zeros(num_classes + 1, dtype=torch.int64))
+        # Head classes gather millions of tiny terms, which float32 sums would stop noticing.
+        zeros = torch.zeros(num_classes, dtype=torch.float64)
+        self.register_buffer("positive_gradient", zeros)
+        self.register_buffer("negative_gradient", zeros.clone())
+        self.register_buffer("mean_score", torch.full_like(zeros, self.INITIAL_SCORE))
         if int(self.image_count.max()) > num_images:
             raise ValueError(
                 f"a class is in {int(self.image_count.max())} images, but num_images is {num_images}"
@@ -129,10 +141,65 @@ class ClassStats(nn.Module):
         Args: labels [N] int64 or int32 in 0..C or ignore_index. Returns: the updated counts.
         """
         step = label_counts(labels, self.num_classes, ignore_index=ignore_index, validate=validate)
+        self.label_counts += self._over_ranks(step)
+        return self.label_counts
+
+    @torch.no_grad()
+    def add_gradients(self, sums: Tensor) -> None:
+        """Adds a batch's sums, over all ranks when ``sync`` is "global", as ``count`` does.
+
+        Args: sums float64 [2, K], of positives and of negatives, K >= C; columns beyond C are left out.
+        """
+        sums = self._over_ranks(sums)[:, : self.num_classes]
+        self.positive_gradient += sums[0]
+        self.negative_gradient += sums[1]
+
+    @property
+    def gradient_ratio(self) -> Tensor:
+        """float64 [C]: positive / negative gradient, EQLv2's g; 100 for a class that has had neither."""
+        positive, negative = self.positive_gradient, self.negative_gradient
+        ratio = positive / (negative + 1e-10)
+        return torch.where((positive == 0) & (negative == 0), torch.full_like(ratio, 100.0), ratio)
+
+    @property
+    def mean_positive_gradient(self) -> Tensor:
+        """float64 [C]: |d loss / d z| of a class's positives, averaged over them; NaN without any."""
+        return self.positive_gradient / self.label_counts[:-1]
+
+    @torch.no_grad()
+    def follow_scores(
+        self, scores: Tensor, labels: Tensor, *, alpha: float = 0.9, instance_ids: Tensor | None = None
+    ) -> Tensor:
+        """Moves ``mean_score`` to the label's scores (LOCE, ICCV 2021, eq. 3), over all ranks as ``count``.
+
+        m_c <- alpha^k m_c + (1 - alpha^k) mean, where class c had k instances in the batch and mean is the
+        mean of their scores, each the mean over its rows.
+
+        Args:
+            scores: [N], of each row's label. labels: [N]; rows outside 0..C-1 are left out.
+            instance_ids: int64 [N] in 0..N-1, equal for the rows of one instance; None: each row is one.
+
+        Returns: the updated means.
+        """
+        foreground = (labels >= 0) & (labels < self.num_classes)
+        weight = foreground.to(torch.float64)
+        if instance_ids is not None:
+            rows = torch.zeros_like(weight).scatter_add_(0, instance_ids, weight)
+            weight = weight / rows[instance_ids].clamp(min=1)
+        column = labels.to(torch.int64).clamp(0, self.num_classes - 1)
+        # Every instance adds a weight of 1 to its class.
+        sums = torch.zeros((2, self.num_classes), dtype=torch.float64, device=scores.device)
+        sums[0].index_add_(0, column, weight)
+        sums[1].index_add_(0, column, weight * scores.to(torch.float64).masked_fill(~foreground, 0.0))
+        count, total = self._over_ranks(sums)
+        decay = alpha**count
+        self.mean_score.copy_(decay * self.mean_score + (1 - decay) * total / count.clamp(min=1))
+        return self.mean_score
+
+    def _over_ranks(self, step: Tensor) -> Tensor:
         if self.sync == "global" and dist.is_available() and dist.is_initialized():
             dist.all_reduce(step, group=self.process_group)
-        self.label_counts += step
-        return self.label_counts
+        return step
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, sync={self.sync!r}"

@@ -16,36 +16,32 @@ from torch import Tensor
 
 from .backends import choose
 from .ops import overload
+from .reweight import (
+    EQL,
+    Drop,
+    InverseLink,
+    Reweight,
+    check_eps,
+    check_table,
+    inverse_gumbel,
+    inverse_probit,
+    inverse_sigmoid,
+    op_arguments,
+)
 
 UNCLIPPED_FLOOR = -80.0
 """Without a clip, z/T below this is taken as this: exp(80) = 5.5e34 leaves float32 room for weights."""
+
+UNCLIPPED_PROBIT = 1e4
+"""Without a clip, a probit logit beyond this on either side is taken as this."""
 
 GOL_MAX_LOSS = 20.0
 """The released GumbelCE clamps its reduced loss here."""
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-
-@dataclass(frozen=True)
-class EQL:
-    """Equalization loss (CVPR 2020): foreground rows drop the negatives of rare classes.
-
-    rare: bool [C], on the logits' device.
-    """
-
-    rare: Tensor
-
-
-@dataclass(frozen=True)
-class Drop:
-    """DropLoss (AAAI 2021): EQL, and a background row drops each rare class's negative with probability
-    1 - (share of rare classes among the batch's foreground labels).
-
-    rare: bool [C], on the logits' device. generator: of the draws; None is torch's default.
-    """
-
-    rare: Tensor
-    generator: torch.Generator | None = None
+Link = tuple[str, float, float, float, str]
+"""(link, temperature, clip_min, clip_max, slope) of the op's schema."""
 
 
 def gumbel_activation(
@@ -75,10 +71,11 @@ def gumbel_loss(
     logits: Tensor,
     labels: Tensor,
     *,
-    reweight: EQL | Drop | None = None,
+    reweight: Reweight | None = None,
     row_weights: Tensor | None = None,
     avg_factor: float | Tensor | None = None,
     reduction: str = "mean",
+    class_gradients: Tensor | None = None,
     temperature: float = 1.0,
     clip: tuple[float, float] | None = (-4.0, 10.0),
     outside: str = "zero",
@@ -93,17 +90,19 @@ def gumbel_loss(
     Each column is a binary term: -log p = exp(-z/T) for the label's column, -log(1-p) for the others.
 
     Args:
-        logits: [N, K]. Without ``reweight`` K = C+1, the last column is background, trained as a class.
-            With it K = C, and a background row has no positive column.
-        reweight: ``EQL(rare)`` or ``Drop(rare)``; with the Gumbel link the latter is GOL.
+        logits: [N, K]. K = C+1, the last column is background, trained as a class; or, with a reweighting
+            without ``background_column``, K = C, and a background row has no positive column.
+        reweight: one of ``gol_kernels.reweight``; ``Drop(rare)`` makes GOL.
         row_weights: [N], constant.
         avg_factor: divides the sum instead of the number of rows; a number, or a 0-d tensor that is never
             read on the host. 0 divides by 1.
+        class_gradients: float64 [2, K]; what the same pass over the logits finds is added to it: for each
+            column the sum over rows of row weight times |d row_loss / d z|, of positives and of negatives.
         clip: z is clamped to it. None: no clamp (z/T below -80 counts as -80, with its slope).
         outside: slope beyond the clip: "zero", or "straight_through", the slope at its edge.
         max_loss: clamp of the reduced loss to [0, max_loss]; above it the gradient is 0.
         compat: "gol" reproduces the released code: its dead zone (see ``gol_kernels.released``), and
-            without ``reweight`` its cap of the reduced loss at 20.
+            without ``reweight`` its cap of the reduced loss at 20. With EQL, Drop or no reweighting.
         validate: raise on labels out of range; default on a CPU. Where it is off, such a row's loss and
             gradient are NaN.
         backend: insist on one of ``available_backends()``.
@@ -120,15 +119,19 @@ def gumbel_loss(
         max_loss = GOL_MAX_LOSS
     if max_loss is not None and reduction == "none":
         raise ValueError("max_loss caps the reduced loss: it cannot go with reduction='none'")
+    if compat is not None and not (reweight is None or isinstance(reweight, (EQL, Drop))):
+        raise ValueError(f"compat={compat!r} exists for EQL, Drop and no reweighting, not {reweight}")
     low, high = _clip_range(clip, temperature)
     loss = _bernoulli(
         ("gumbel", temperature, low, high, "straight_through" if clip is None else slope),
+        inverse_gumbel(temperature),
         logits,
         labels,
         reweight,
         row_weights,
         avg_factor,
         reduction,
+        class_gradients,
         ignore_index,
         validate,
         backend,
@@ -140,10 +143,11 @@ def sigmoid_loss(
     logits: Tensor,
     labels: Tensor,
     *,
-    reweight: EQL | Drop | None = None,
+    reweight: Reweight | None = None,
     row_weights: Tensor | None = None,
     avg_factor: float | Tensor | None = None,
     reduction: str = "mean",
+    class_gradients: Tensor | None = None,
     ignore_index: int = -100,
     validate: bool | None = None,
     backend: str | None = None,
@@ -151,12 +155,53 @@ def sigmoid_loss(
     """Binary cross-entropy with logits, summed over columns; arguments as in ``gumbel_loss``."""
     return _bernoulli(
         ("sigmoid", 1.0, -math.inf, math.inf, "straight_through"),
+        inverse_sigmoid,
         logits,
         labels,
         reweight,
         row_weights,
         avg_factor,
         reduction,
+        class_gradients,
+        ignore_index,
+        validate,
+        backend,
+    )
+
+
+def probit_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    reweight: Reweight | None = None,
+    row_weights: Tensor | None = None,
+    avg_factor: float | Tensor | None = None,
+    reduction: str = "mean",
+    class_gradients: Tensor | None = None,
+    clip: tuple[float, float] | None = (-5.0, 5.0),
+    outside: str = "zero",
+    ignore_index: int = -100,
+    validate: bool | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Bernoulli loss of p = Phi(z), the normal distribution function; arguments as in ``gumbel_loss``.
+
+    The clip is that of GOL's released code. None: no clamp (|z| above 1e4 counts as 1e4).
+    """
+    low, high = (-UNCLIPPED_PROBIT, UNCLIPPED_PROBIT) if clip is None else map(float, clip)
+    if not -UNCLIPPED_PROBIT <= low < high <= UNCLIPPED_PROBIT:
+        raise ValueError(f"clip must be (min, max) with -1e4 <= min < max <= 1e4, got {clip}")
+    slope = _gumbel_slope("straight_through" if clip is None else outside, None)
+    return _bernoulli(
+        ("probit", 1.0, low, high, slope),
+        inverse_probit,
+        logits,
+        labels,
+        reweight,
+        row_weights,
+        avg_factor,
+        reduction,
+        class_gradients,
         ignore_index,
         validate,
         backend,
@@ -167,6 +212,7 @@ def softmax_loss(
     logits: Tensor,
     labels: Tensor,
     *,
+    log_prior: Tensor | None = None,
     row_weights: Tensor | None = None,
     avg_factor: float | Tensor | None = None,
     reduction: str = "mean",
@@ -174,11 +220,20 @@ def softmax_loss(
     validate: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Softmax cross-entropy over all K columns of logits [N, K]; arguments as in ``gumbel_loss``."""
+    """Softmax cross-entropy over all K columns of logits [N, K]; the other arguments as in ``gumbel_loss``.
+
+    Args:
+        log_prior: float [K], constant, added to the logits. ln n of the class counts makes balanced softmax
+            (NeurIPS 2020, eq. 4), tau ln n logit adjustment (ICLR 2021, eq. 10), the logarithm of the
+            classes' mean scores the equilibrium loss (ICCV 2021, eq. 4).
+    """
+    if log_prior is not None:
+        check_table("log_prior", log_prior, logits, (logits.shape[-1],), torch.float32, torch.float64)
     num_classes = logits.shape[-1] - 1
+    kind = "none" if log_prior is None else "prior"
     common = _common(logits, labels, row_weights, avg_factor, reduction, ignore_index, validate, num_classes)
     op = overload("softmax_loss", _backend("softmax_loss", logits, backend))
-    return op(*common.tensors, None, "none", 0.0, 0.0, 1.0, False, *common.options)[0]
+    return op(*common.tensors, log_prior, kind, 0.0, 0.0, 1.0, False, *common.options)[0]
 
 
 def seesaw_loss(
@@ -223,8 +278,7 @@ def seesaw_loss(
         )
     if class_counts.device != logits.device:
         raise ValueError(f"class_counts are on {class_counts.device}, logits on {logits.device}")
-    if not 0 < eps <= 1:
-        raise ValueError(f"eps must lie in (0, 1], got {eps}")
+    check_eps(eps)
     objectness = counts in (k - 1, k - 2)
     num_classes = k - 2 if objectness else k - 1
     common = _common(logits, labels, row_weights, avg_factor, reduction, ignore_index, validate, num_classes)
@@ -260,31 +314,33 @@ class _Common:
 
 
 def _bernoulli(
-    link: tuple[str, float, float, float, str],
+    link: Link,
+    inverse_link: InverseLink,
     logits: Tensor,
     labels: Tensor,
-    reweight: EQL | Drop | None,
+    reweight: Reweight | None,
     row_weights: Tensor | None,
     avg_factor: float | Tensor | None,
     reduction: str,
+    class_gradients: Tensor | None,
     ignore_index: int,
     validate: bool | None,
     backend: str | None,
 ) -> Tensor:
     k = logits.shape[-1]
-    num_classes = k - 1 if reweight is None else k
+    num_classes = k - 1 if reweight is None or reweight.background_column else k
     common = _common(logits, labels, row_weights, avg_factor, reduction, ignore_index, validate, num_classes)
-    kind, rare, rng = "none", None, None
-    if reweight is not None:
-        kind, rare = "eql", reweight.rare
-        _check_rare(rare, logits)
-        if isinstance(reweight, Drop):
-            kind = "drop"
-            rng = torch.randint(
-                2**63 - 1, (2,), generator=reweight.generator, device=logits.device, dtype=torch.int64
-            )
+    if class_gradients is not None:
+        check_table("class_gradients", class_gradients, logits, (2, k), torch.float64)
+    kind, class_table, row_table, rng, *factors = op_arguments(reweight, logits, inverse_link)
     op = overload("bernoulli_loss", _backend("bernoulli_loss", logits, backend))
-    return op(*common.tensors, rare, rng, *link, kind, *common.options)[0]
+    tables = class_table, row_table, rng
+    loss, _, statistics = op(
+        *common.tensors, *tables, *link, kind, *factors, *common.options, class_gradients is not None
+    )
+    if class_gradients is not None:
+        class_gradients += statistics
+    return loss
 
 
 def check_rows(
@@ -384,16 +440,6 @@ def _check_labels(labels: Tensor) -> None:
         raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
     if labels.dim() != 1:
         raise ValueError(f"labels must be [N], got {list(labels.shape)}")
-
-
-def _check_rare(rare: Tensor, logits: Tensor) -> None:
-    if rare.dtype != torch.bool or tuple(rare.shape) != (logits.shape[1],):
-        raise ValueError(
-            f"rare must be bool [{logits.shape[1]}], one for each column of the logits, "
-            f"got {rare.dtype} {list(rare.shape)}"
-        )
-    if rare.device != logits.device:
-        raise ValueError(f"rare is on {rare.device}, logits on {logits.device}")
 
 
 def _validate(tensor: Tensor, validate: bool | None) -> bool:

@@ -3,43 +3,139 @@
 An op exists once for each backend under ``torch.ops.gol_kernels.<op>_<backend>``, with one schema. They
 are defined here and not in C++ so that an install without the extension has the same ops. A loss op
 returns the loss and, where ``compute_grad`` asks for it, the gradient made in the same pass over the
-logits; its backward then only has to scale it. Without it (``reduction="none"``, float16) backward runs
-the ``*_grad`` op, which scales in float32 before it rounds.
+logits; its backward then only has to scale it (``scale_grad_``, which moves nothing where the upstream
+gradient is 1). Without it (``reduction="none"``, float16) backward runs the ``*_grad`` op, which scales in
+float32 before it rounds.
+
+What the tables of a loss op hold depends on ``reweight``:
+
+    bernoulli     none       no table
+                  eql        class_table bool [K], True is rare
+                  drop       as eql; rng int64 (seed, offset)
+                  weights    class_table float [2, K], of positives and of negatives
+                  federated  class_table bool [K], True is kept
+                  acsl       class_table uint8 [K], row_table uint8 [N], a bit for each group; logit_threshold
+                  seesaw     class_table, counts of any real dtype, [K] or longer; p, q, eps
+    softmax       none       no table
+                  prior      class_table float [K], added to the logits
+                  seesaw     class_table, counts as above, of the softmax's columns; p, q, eps
+
+``compute_statistics`` makes float64 [2, K]: for each column the sum over rows of row weight times
+|d row_loss / d z|, of its positives and of its negatives; rows that are ignored or illegal add nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 NAMESPACE = "gol_kernels"
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "triton", "reference")
 
 _ROWS = "Tensor logits, Tensor labels, Tensor? row_weights, Tensor? avg_factor"
 _ROW_OPTIONS = "int num_classes, int ignore_index, str reduction, float scale, bool validate"
 _BERNOULLI = (
-    f"{_ROWS}, Tensor? class_table, Tensor? rng, str link, float temperature, float clip_min, "
-    f"float clip_max, str slope, str reweight, {_ROW_OPTIONS}"
+    f"{_ROWS}, Tensor? class_table, Tensor? row_table, Tensor? rng, str link, float temperature, "
+    "float clip_min, float clip_max, str slope, str reweight, float p, float q, float eps, "
+    f"float logit_threshold, {_ROW_OPTIONS}"
 )
 _SOFTMAX = (
-    f"{_ROWS}, Tensor? class_counts, str reweight, float p, float q, float eps, "
+    f"{_ROWS}, Tensor? class_table, str reweight, float p, float q, float eps, "
     f"bool objectness, {_ROW_OPTIONS}"
 )
 _CLIP = "float temperature, float clip_min, float clip_max"
 
 SCHEMAS = {
-    "bernoulli_loss": f"({_BERNOULLI}, bool compute_grad) -> (Tensor loss, Tensor grad)",
+    "bernoulli_loss": f"({_BERNOULLI}, bool compute_grad, bool compute_statistics)"
+    " -> (Tensor loss, Tensor grad, Tensor statistics)",
     "bernoulli_grad": f"(Tensor grad_loss, {_BERNOULLI}) -> Tensor",
     "softmax_loss": f"({_SOFTMAX}, bool compute_grad) -> (Tensor classes, Tensor objectness, Tensor grad)",
     "softmax_grad": f"(Tensor grad_classes, Tensor grad_objectness, {_SOFTMAX}) -> Tensor",
     "gumbel_activation": f"(Tensor logits, {_CLIP}) -> Tensor",
     "gumbel_activation_grad": f"(Tensor grad_output, Tensor logits, {_CLIP}) -> Tensor",
+    # Columns [0, split) times first, the others times second, both 0-d.
+    "scale_grad_": "(Tensor(a!) grad, Tensor first, Tensor second, int split) -> ()",
     "label_counts": "(Tensor labels, int num_classes, int ignore_index, bool validate) -> Tensor",
 }
 OPS = tuple(SCHEMAS)
+
+
+class RowArguments(NamedTuple):
+    """The arguments that all loss ops share; see ``functional.gumbel_loss``."""
+
+    logits: Tensor
+    labels: Tensor
+    row_weights: Tensor | None
+    avg_factor: Tensor | None
+    num_classes: int
+    ignore_index: int
+    reduction: str
+    scale: float
+    validate: bool
+
+
+def _row_arguments(arguments: BernoulliArguments | SoftmaxArguments) -> RowArguments:
+    return RowArguments(**{name: getattr(arguments, name) for name in RowArguments._fields})
+
+
+class BernoulliArguments(NamedTuple):
+    """The arguments of ``bernoulli_grad`` after the upstream gradient, in the schema's order."""
+
+    logits: Tensor
+    labels: Tensor
+    row_weights: Tensor | None
+    avg_factor: Tensor | None
+    class_table: Tensor | None
+    row_table: Tensor | None
+    rng: Tensor | None
+    link: str
+    temperature: float
+    clip_min: float
+    clip_max: float
+    slope: str
+    reweight: str
+    p: float
+    q: float
+    eps: float
+    logit_threshold: float
+    num_classes: int
+    ignore_index: int
+    reduction: str
+    scale: float
+    validate: bool
+
+    @property
+    def rows(self) -> RowArguments:
+        return _row_arguments(self)
+
+
+class SoftmaxArguments(NamedTuple):
+    """The arguments of ``softmax_grad`` after the upstream gradients, in the schema's order."""
+
+    logits: Tensor
+    labels: Tensor
+    row_weights: Tensor | None
+    avg_factor: Tensor | None
+    class_table: Tensor | None
+    reweight: str
+    p: float
+    q: float
+    eps: float
+    objectness: bool
+    num_classes: int
+    ignore_index: int
+    reduction: str
+    scale: float
+    validate: bool
+
+    @property
+    def rows(self) -> RowArguments:
+        return _row_arguments(self)
+
+
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -63,9 +159,10 @@ def _fake_grad(logits: Tensor, compute_grad: bool) -> Tensor:
     return logits.new_empty(tuple(logits.shape) if compute_grad else (0,))
 
 
-def _fake_bernoulli_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    reduction, compute_grad = args[-4], args[-1]
-    return _fake_loss(logits, reduction), _fake_grad(logits, compute_grad)
+def _fake_bernoulli_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    reduction, compute_grad, compute_statistics = args[-5], args[-2], args[-1]
+    statistics = logits.new_empty((2, logits.shape[1]) if compute_statistics else (0,), dtype=torch.float64)
+    return _fake_loss(logits, reduction), _fake_grad(logits, compute_grad), statistics
 
 
 def _fake_softmax_loss(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,6 +186,10 @@ def _fake_gumbel_activation_grad(grad_output: Tensor, logits: Tensor, *clip: flo
     return _fake_grad(logits, True)
 
 
+def _fake_scale_grad_(grad: Tensor, first: Tensor, second: Tensor, split: int) -> None:
+    return None
+
+
 def _fake_label_counts(labels: Tensor, num_classes: int, ignore_index: int, validate: bool) -> Tensor:
     return labels.new_empty((num_classes + 1,), dtype=torch.int64)
 
@@ -100,6 +201,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "softmax_grad": _fake_softmax_grad,
     "gumbel_activation": _fake_gumbel_activation,
     "gumbel_activation_grad": _fake_gumbel_activation_grad,
+    "scale_grad_": _fake_scale_grad_,
     "label_counts": _fake_label_counts,
 }
 
@@ -138,35 +240,38 @@ def _graph_is_kept() -> bool:
     return True if query is None else bool(query())
 
 
-def _scaled(grad: Tensor, *parts: tuple[slice, Tensor]) -> Tensor:
-    """The saved gradient with each group of columns times the upstream gradient of its part.
+def _scaled(backend: str, grad: Tensor, first: Tensor, second: Tensor, split: int) -> Tensor:
+    """The saved gradient, columns [0, split) times ``first`` and the others times ``second``.
 
-    A graph that is not kept has no further use of its buffer: on a CPU, where reading a scalar costs
-    nothing, the buffer itself is handed on, untouched when the upstream gradient is 1. While a compiler
-    traces, tensors are of other types and the general form is recorded.
+    A graph that is not kept has no further use of its buffer, which is scaled in place, and left untouched
+    where both are 1. While a compiler traces, tensors are of other types and the general form is recorded.
     """
-    eager = all(type(upstream) is Tensor for _, upstream in parts)
-    if eager and grad.device.type == "cpu" and not _graph_is_kept():
-        for columns, upstream in parts:
-            if upstream.item() != 1:
-                grad[:, columns].mul_(upstream)
+    eager = type(first) is Tensor and type(second) is Tensor
+    if eager and not _graph_is_kept():
+        with torch.no_grad():
+            overload("scale_grad_", backend)(grad, first, second, split)
         return grad
-    if len(parts) == 1:
-        return grad * parts[0][1]
-    return torch.cat([grad[:, columns] * upstream for columns, upstream in parts], dim=1)
+    if split == grad.shape[1]:
+        return grad * first
+    return torch.cat([grad[:, :split] * first, grad[:, split:] * second], dim=1)
 
 
-def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[-1])
-    *arguments, compute_grad = inputs
-    ctx.compute_grad = compute_grad
-    if compute_grad:
-        ctx.save_for_backward(output[-1])
-    else:
-        ctx.save_for_backward(*[a for a in arguments if isinstance(a, Tensor)])
-        ctx.arguments = [None if isinstance(a, Tensor) else a for a in arguments]
-        ctx.is_tensor = [isinstance(a, Tensor) for a in arguments]
+def _setup_loss(num_flags: int, grad_index: int) -> Callable[..., None]:
+    """Saves the gradient where it was made, else the arguments (less the op's last flags) to make it from."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[grad_index:])
+        arguments, flags = inputs[:-num_flags], inputs[-num_flags:]
+        ctx.compute_grad = flags[0]
+        if ctx.compute_grad:
+            ctx.save_for_backward(output[grad_index])
+        else:
+            ctx.save_for_backward(*[a for a in arguments if isinstance(a, Tensor)])
+            ctx.arguments = [None if isinstance(a, Tensor) else a for a in arguments]
+            ctx.is_tensor = [isinstance(a, Tensor) for a in arguments]
+
+    return setup
 
 
 def _saved_arguments(ctx: Any) -> list[Any]:
@@ -208,18 +313,19 @@ def _register_autograd(backend: str) -> None:
         len(overload(op, backend)._schema.arguments) for op in ("bernoulli_loss", "softmax_loss")
     )
 
-    def bernoulli_backward(ctx: Any, grad_loss: Tensor | None, grad_grad: Tensor | None) -> Any:
+    def bernoulli_backward(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> Any:
         if grad_loss is None:
             return (None,) * n_bernoulli
         if ctx.compute_grad:
-            grad = _scaled(ctx.saved_tensors[0], (slice(None), grad_loss))
+            (grad,) = ctx.saved_tensors
+            grad = _scaled(backend, grad, grad_loss, grad_loss, grad.shape[1])
         else:
             with torch.no_grad():
                 grad = overload("bernoulli_grad", backend)(grad_loss, *_saved_arguments(ctx))
         return (_once(grad), *(None,) * (n_bernoulli - 1))
 
     def softmax_backward(
-        ctx: Any, grad_classes: Tensor | None, grad_objectness: Tensor | None, grad_grad: Tensor | None
+        ctx: Any, grad_classes: Tensor | None, grad_objectness: Tensor | None, *unused: Tensor | None
     ) -> Any:
         some = grad_classes if grad_classes is not None else grad_objectness
         if some is None:
@@ -227,18 +333,14 @@ def _register_autograd(backend: str) -> None:
         upstream = _or_zero(grad_classes, some), _or_zero(grad_objectness, some)
         if ctx.compute_grad:
             (grad,) = ctx.saved_tensors
-            split = grad.shape[1] - 2 if ctx.objectness else grad.shape[1]
-            parts = [(slice(0, split), upstream[0])]
-            if ctx.objectness:
-                parts.append((slice(split, None), upstream[1]))
-            grad = _scaled(grad, *parts)
+            grad = _scaled(backend, grad, *upstream, grad.shape[1] - 2 if ctx.objectness else grad.shape[1])
         else:
             with torch.no_grad():
                 grad = overload("softmax_grad", backend)(*upstream, *_saved_arguments(ctx))
         return (_once(grad), *(None,) * (n_softmax - 1))
 
     def setup_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _setup_loss(ctx, inputs, output)
+        _setup_loss(1, 2)(ctx, inputs, output)
         ctx.objectness = inputs[9]
 
     def activation_backward(ctx: Any, grad_output: Tensor) -> Any:
@@ -253,7 +355,7 @@ def _register_autograd(backend: str) -> None:
     def register(op: str, backward: Any, setup: Any = None) -> None:
         _register_formula(op, backend, backward, setup)
 
-    register("bernoulli_loss", bernoulli_backward, _setup_loss)
+    register("bernoulli_loss", bernoulli_backward, _setup_loss(2, 1))
     register("softmax_loss", softmax_backward, setup_softmax)
     register("gumbel_activation", activation_backward, setup_activation)
     for op in ("bernoulli_grad", "softmax_grad", "gumbel_activation_grad"):

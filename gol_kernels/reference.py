@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,22 @@ from torch.nn import functional as F
 
 BCE_FLOOR = 9.999999960041972e-13
 """The floor that ATen's binary_cross_entropy backward puts under p(1-p): 1e-12 rounded to float32."""
+
+
+class Link(Protocol):
+    """What a link says of logits z, elementwise and in z's dtype: a loss and d loss / d z."""
+
+    def positive(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and slope of target 1: -log p."""
+
+    def negative(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and slope of target 0: -log(1 - p)."""
+
+
+def _outside(z: Tensor, slope: Tensor, clip_min: float, clip_max: float, kind: str) -> Tensor:
+    if kind == "straight_through":
+        return slope
+    return slope.masked_fill((z < clip_min) | (z > clip_max), 0.0)
 
 
 @dataclass(frozen=True)
@@ -37,12 +54,10 @@ class GumbelLink:
     slope: str = "zero_outside"
 
     def positive(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and d loss / d z of target 1, elementwise, in z's dtype."""
         e = self._e(z)
         return e, self._finish(z, e, -e / self.temperature)
 
     def negative(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and d loss / d z of target 0, elementwise, in z's dtype."""
         e = self._e(z)
         u = z.clamp(self.clip_min, self.clip_max) / self.temperature
         # -log(1 - exp(-e)): each form keeps its digits on its side of e = ln 2; beyond u = 15 the
@@ -64,10 +79,7 @@ class GumbelLink:
     def _finish(self, z: Tensor, e: Tensor, slope: Tensor) -> Tensor:
         if self.slope == "released":
             slope = slope * torch.clamp(torch.exp(-e) * -torch.expm1(-e) / BCE_FLOOR, max=1.0)
-        if self.slope != "straight_through":
-            outside = (z < self.clip_min) | (z > self.clip_max)
-            slope = slope.masked_fill(outside, 0.0)
-        return slope
+        return _outside(z, slope, self.clip_min, self.clip_max, self.slope)
 
 
 @dataclass(frozen=True)
@@ -75,44 +87,148 @@ class SigmoidLink:
     """p = 1/(1+exp(-z)): positive softplus(-z), negative softplus(z)."""
 
     def positive(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and d loss / d z of target 1, elementwise, in z's dtype."""
         return -F.logsigmoid(z), -torch.sigmoid(-z)
 
     def negative(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and d loss / d z of target 0, elementwise, in z's dtype."""
         return -F.logsigmoid(-z), torch.sigmoid(z)
 
 
+@dataclass(frozen=True)
+class ProbitLink:
+    """p = Phi(z), the normal distribution function, z clamped to the clip first.
+
+    Positive -log Phi(z), slope -phi(z)/Phi(z); negative is the positive at -z, its slope negated.
+    ``slope`` as in ``GumbelLink``: "zero_outside" or "straight_through".
+    """
+
+    clip_min: float = -5.0
+    clip_max: float = 5.0
+    slope: str = "zero_outside"
+
+    def positive(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        loss, slope = self._minus_log_cdf(z.clamp(self.clip_min, self.clip_max))
+        return loss, _outside(z, slope, self.clip_min, self.clip_max, self.slope)
+
+    def negative(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        loss, slope = self._minus_log_cdf(-z.clamp(self.clip_min, self.clip_max))
+        return loss, _outside(z, -slope, self.clip_min, self.clip_max, self.slope)
+
+    @staticmethod
+    def _minus_log_cdf(x: Tensor) -> tuple[Tensor, Tensor]:
+        # With r = erfcx(|x|/sqrt 2)/2: the smaller of Phi(x), Phi(-x) is exp(-x^2/2) r. phi/Phi follows
+        # without forming either where they underflow.
+        r = torch.special.erfcx(x.abs() / math.sqrt(2)) / 2
+        density = math.sqrt(0.5 / math.pi)
+        g = torch.exp(-x * x / 2)
+        lower = x < 0
+        loss = torch.where(lower, x * x / 2 - torch.log(r), -torch.log1p(-g * r))
+        return loss, -torch.where(lower, density / r, density * g / (1 - g * r))
+
+
 def bernoulli_loss(
-    z: Tensor, labels: Tensor, link: GumbelLink | SigmoidLink, dropped: Tensor | None = None
+    z: Tensor, labels: Tensor, link: Link, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """K independent binary terms; a label of K has no positive column.
 
     Args:
         z: [N, K] float32 or float64.
         labels: [N] int64 in 0..K.
-        dropped: [N, K] bool; True takes a negative out of the loss (EQL's and DropLoss's 1 - W).
+        weight: [N, K], constant, of each term; None: 1. A term of weight 0 does not exist.
 
     Returns:
         row_loss [N] and grad [N, K].
     """
     loss, grad = link.negative(z)
-    if dropped is not None:
-        loss, grad = loss.masked_fill(dropped, 0.0), grad.masked_fill(dropped, 0.0)
     has_positive = (labels < z.shape[1])[:, None]
     column = labels.clamp(max=z.shape[1] - 1)[:, None]
     positive_loss, positive_grad = link.positive(z.gather(1, column))
     loss = loss.scatter(1, column, torch.where(has_positive, positive_loss, loss.gather(1, column)))
     grad = grad.scatter(1, column, torch.where(has_positive, positive_grad, grad.gather(1, column)))
+    if weight is not None:
+        gone = weight == 0
+        loss, grad = (loss * weight).masked_fill(gone, 0.0), (grad * weight).masked_fill(gone, 0.0)
     return loss.sum(1), grad
 
 
-def eql_dropped(labels: Tensor, rare: Tensor) -> Tensor:
+def is_positive(labels: Tensor, num_columns: int) -> Tensor:
+    """bool [N, K]: t of every term."""
+    return labels[:, None] == torch.arange(num_columns, device=labels.device)
+
+
+# --- reweightings of the Bernoulli family: W [N, K], constant ------------------------------------
+def eql_weight(labels: Tensor, rare: Tensor) -> Tensor:
     """EQL (CVPR 2020, eq. 3): a foreground row drops the negatives of rare classes.
 
-    Args: labels [N] int64, C is background; rare [C] bool. Returns: [N, C] bool.
+    Args: labels [N] int64, C is background; rare [C] bool. Returns: [N, C] bool, True is kept.
     """
-    return (labels < rare.numel())[:, None] & rare[None, :]
+    foreground = (labels < rare.numel())[:, None]
+    return ~(foreground & rare[None, :]) | is_positive(labels, rare.numel())
+
+
+def drop_loss_weight(labels: Tensor, rare: Tensor, counted: Tensor, seed: Tensor, offset: Tensor) -> Tensor:
+    """DropLoss (AAAI 2021): EQL's on foreground rows; a background row keeps a rare class's negative with
+    the batch's share of rare foreground labels as probability.
+
+    Args: labels [N]; rare [C] bool; counted [N] bool, the rows whose labels form the share;
+        seed, offset: 0-d int64 of the Philox generator. Returns: [N, C] bool, True is kept.
+    """
+    limit = keep_limit(labels.masked_fill(~counted, -1), rare)
+    draws = philox_uint16(seed, offset, labels.numel(), rare.numel())
+    background = (labels >= rare.numel())[:, None]
+    return eql_weight(labels, rare) & ~(background & rare[None, :] & (draws >= limit))
+
+
+def class_weight(labels: Tensor, table: Tensor) -> Tensor:
+    """A weight for each class: table [2, K], of positives and of negatives (EQLv2, CVPR 2021, eq. 5-6).
+
+    Returns: [N, K] in table's dtype.
+    """
+    return torch.where(is_positive(labels, table.shape[1]), table[0], table[1])
+
+
+def federated_weight(labels: Tensor, kept: Tensor) -> Tensor:
+    """Federated loss (CenterNet2): the terms of the classes drawn for this batch, kept [K] bool.
+
+    Returns: [N, K] bool.
+    """
+    return kept[None, :].expand(labels.numel(), kept.numel())
+
+
+def acsl_weight(
+    z: Tensor,
+    labels: Tensor,
+    class_groups: Tensor,
+    row_groups: Tensor,
+    logit_threshold: float,
+    num_classes: int,
+) -> Tensor:
+    """Adaptive class suppression (ACSL, CVPR 2021, section 3.2).
+
+    A foreground row keeps its label and the negatives with z >= logit_threshold; a background row the
+    columns that share a group with it.
+
+    Args: class_groups [K], row_groups [N] uint8, one bit for each group; num_classes C, the background label.
+    Returns: [N, K] bool.
+    """
+    foreground = (labels < num_classes)[:, None]
+    same_group = (row_groups[:, None] & class_groups[None, :]) != 0
+    return torch.where(foreground, z >= logit_threshold, same_group) | is_positive(labels, z.shape[1])
+
+
+def bernoulli_seesaw_weight(
+    z: Tensor, labels: Tensor, link: Link, class_counts: Tensor, *, p: float, q: float, eps: float
+) -> Tensor:
+    """Seesaw's M C (CVPR 2021, eq. 5-7) for binary terms: s is the link's own probability.
+
+        log M_ij = p min(0, ln n_j - ln n_y),   log C_ij = q max(0, ln p_j - max(ln p_y, ln eps))
+
+    1 at the label and on background rows. Args: z [N, C]; labels [N] in 0..C; class_counts [C], this batch
+    counted already. Returns: [N, C].
+    """
+    foreground = (labels < z.shape[1])[:, None]
+    log_p = -link.positive(z)[0]
+    log_weight = _seesaw_log_weight(log_p, labels.clamp(max=z.shape[1] - 1), class_counts, p, q, eps)
+    return torch.where(foreground, log_weight.exp(), torch.ones_like(log_weight))
 
 
 def keep_limit(labels: Tensor, rare: Tensor) -> Tensor:
@@ -126,19 +242,6 @@ def keep_limit(labels: Tensor, rare: Tensor) -> Tensor:
     n = foreground.sum()
     share = (2 * n_rare * 0x10000 + n) // (2 * n).clamp(min=1)
     return torch.where(n > 0, share, torch.full_like(n, 0x10000))
-
-
-def drop_loss_dropped(labels: Tensor, rare: Tensor, counted: Tensor, seed: Tensor, offset: Tensor) -> Tensor:
-    """DropLoss (AAAI 2021): EQL's on foreground rows; a background row keeps a rare class's negative with
-    the batch's share of rare foreground labels as probability.
-
-    Args: labels [N]; rare [C] bool; counted [N] bool, the rows whose labels form the share;
-        seed, offset: 0-d int64 of the Philox generator. Returns: [N, C] bool.
-    """
-    limit = keep_limit(labels.masked_fill(~counted, -1), rare)
-    draws = philox_uint16(seed, offset, labels.numel(), rare.numel())
-    background = (labels >= rare.numel())[:, None]
-    return eql_dropped(labels, rare) | (background & rare[None, :] & (draws >= limit))
 
 
 def philox_uint16(seed: Tensor, offset: Tensor, rows: int, columns: int) -> Tensor:
@@ -194,13 +297,28 @@ def seesaw_log_weight(
     Both vanish at j = y. ``p <= 0`` or ``q <= 0`` turns a factor off.
     Args: z [N, C]; labels [N] int64 in 0..C-1; class_counts [C], this batch counted already.
     """
-    ln_n = class_counts.to(z.dtype).clamp(min=1).log()
-    log_s = torch.log_softmax(z, dim=1)
+    return _seesaw_log_weight(torch.log_softmax(z, dim=1), labels, class_counts, p, q, eps)
+
+
+def _seesaw_log_weight(
+    log_s: Tensor, labels: Tensor, class_counts: Tensor, p: float, q: float, eps: float
+) -> Tensor:
+    ln_n = class_counts.to(log_s.dtype).clamp(min=1).log()
     limit = log_s.gather(1, labels[:, None]).clamp(min=math.log(eps))
     mitigation = (ln_n[None, :] - ln_n[labels][:, None]).clamp(max=0)
     compensation = (log_s - limit).clamp(min=0)
     log_weight = max(p, 0.0) * mitigation + max(q, 0.0) * compensation
     return log_weight.scatter(1, labels[:, None], 0.0)
+
+
+def prior_log_weight(labels: Tensor, log_prior: Tensor) -> Tensor:
+    """log pi_j - log pi_y, which makes softmax(z + log pi). With pi the class counts it is balanced softmax
+    (NeurIPS 2020, eq. 4), with their power tau logit adjustment (ICLR 2021, eq. 10), with the classes' mean
+    scores the equilibrium loss (ICCV 2021, eq. 4).
+
+    Args: labels [N] int64 in 0..K-1; log_prior [K]. Returns: [N, K].
+    """
+    return log_prior[None, :] - log_prior[labels][:, None]
 
 
 def objectness_loss(z: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ class Case:
     loss: Callable[..., Tensor]  # (logits, labels, **common) -> loss
     released: Callable[[Tensor, Tensor], Tensor] | None = None  # the released eager formula
     background: bool = True
+    tolerance: float = 2e-7  # relative L2 error of the float32 gradient
 
     def inputs(
         self, n: int, c: int, dtype: torch.dtype = torch.float32, spread: float = 2.0
@@ -34,36 +35,93 @@ class Case:
         return logits, labels
 
 
-def rare_mask(c: int) -> Tensor:
+def rare_mask(c: int, device: torch.device | str | None = None) -> Tensor:
     """Two of three classes."""
-    return torch.arange(c) % 3 != 1
+    return torch.arange(c, device=device) % 3 != 1
 
 
-def counts(c: int) -> Tensor:
+def counts(c: int, device: torch.device | str | None = None) -> Tensor:
     """Class counts from 0 to about 10^5, long-tailed."""
-    return (10 ** (5 * torch.linspace(0, 1, c).flip(0)) - 1).to(torch.int64)
+    return (10 ** (5 * torch.linspace(0, 1, c, device=device).flip(0)) - 1).to(torch.int64)
 
 
-def generator(device: str = "cpu") -> torch.Generator:
-    return torch.Generator(device).manual_seed(5)
+def class_weights(k: int, device: torch.device | str | None = None) -> Tensor:
+    """[2, K]: weights of positives and negatives, some of them 0."""
+    wave = torch.arange(k, dtype=torch.float64, device=device)
+    return torch.stack([1 + wave % 4, (wave % 5) / 4]).to(torch.float32)
+
+
+def class_groups(k: int, device: torch.device | str | None = None) -> Tensor:
+    """uint8 [K]: groups 1, 2, 4 in turn, and 8 for the last column."""
+    groups = 2 ** (torch.arange(k, device=device) % 3)
+    groups[-1] = 8
+    return groups.to(torch.uint8)
+
+
+def row_groups(labels: Tensor, background: int) -> Tensor:
+    """uint8 [N]: background rows keep the groups 2, 4 and 8."""
+    return torch.where(labels == background, 14, 0).to(torch.uint8)
+
+
+def generator(device: torch.device | str | None = None, seed: int = 5) -> torch.Generator:
+    return torch.Generator(device or torch.get_default_device()).manual_seed(seed)
 
 
 def _seesaw(logits: Tensor, labels: Tensor, **common: Any) -> Tensor:
-    classes, objectness = gk.seesaw_loss(logits, labels, counts(logits.shape[1] - 2), **common)
+    classes, objectness = gk.seesaw_loss(logits, labels, counts(logits.shape[1] - 2, logits.device), **common)
     return classes + objectness
 
 
 def _seesaw_without_objectness(logits: Tensor, labels: Tensor, **common: Any) -> Tensor:
-    return gk.seesaw_loss(logits, labels, counts(logits.shape[1]), **common)[0]
+    return gk.seesaw_loss(logits, labels, counts(logits.shape[1], logits.device), **common)[0]
 
 
-def _eql(link: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda z, y, **common: link(z, y, reweight=gk.EQL(rare_mask(z.shape[1])), **common)
+def _prior(logits: Tensor, labels: Tensor, **common: Any) -> Tensor:
+    log_prior = counts(logits.shape[1], logits.device).double().clamp(min=1).log()
+    return gk.softmax_loss(logits, labels, log_prior=log_prior, **common)
 
 
-def _drop(link: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda z, y, **common: link(z, y, reweight=gk.Drop(rare_mask(z.shape[1]), generator()), **common)
+REWEIGHTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "eql": lambda z, y: gk.EQL(rare_mask(z.shape[1], z.device)),
+    "drop": lambda z, y: gk.Drop(rare_mask(z.shape[1], z.device), generator(z.device)),
+    "weights": lambda z, y: gk.ClassWeights(class_weights(z.shape[1], z.device)),
+    "federated": lambda z, y: gk.Federated(rare_mask(z.shape[1], z.device)),
+    "acsl": lambda z, y: gk.ACSL(class_groups(z.shape[1], z.device), row_groups(y, z.shape[1] - 1), 0.6),
+    "seesaw": lambda z, y: gk.Seesaw(counts(z.shape[1], z.device)),
+}
+"""Every reweighting of the Bernoulli family, of logits and labels."""
 
+LINKS: dict[str, Callable[..., Tensor]] = {
+    "gumbel": gk.gumbel_loss,
+    "sigmoid": gk.sigmoid_loss,
+    "probit": gk.probit_loss,
+}
+
+
+def _reweighted(link: str, reweight: str) -> Callable[..., Tensor]:
+    return lambda z, y, **common: LINKS[link](z, y, reweight=REWEIGHTS[reweight](z, y), **common)
+
+
+def _pairs() -> list[Case]:
+    """Every link with every reweighting. Seesaw's weight is a power of a quotient of probabilities, of which
+    float32 keeps fewer digits."""
+    return [
+        Case(
+            f"{link}-{reweight}",
+            int(reweight in ("weights", "federated", "acsl")),
+            _reweighted(link, reweight),
+            _RELEASED.get((link, reweight)),
+            tolerance=6e-7 if reweight == "seesaw" else 2e-7,
+        )
+        for link in LINKS
+        for reweight in REWEIGHTS
+    ]
+
+
+_RELEASED: dict[tuple[str, str], Callable[[Tensor, Tensor], Tensor]] = {
+    ("gumbel", "eql"): lambda z, y: released.eql(z, y, rare_mask(z.shape[1]), gumbel=True),
+    ("sigmoid", "eql"): lambda z, y: released.eql(z, y, rare_mask(z.shape[1]), gumbel=False),
+}
 
 CASES = [
     Case("gumbel", 1, gk.gumbel_loss, released.gumbel_ce),
@@ -72,20 +130,10 @@ CASES = [
     Case("gumbel-unclipped", 1, lambda z, y, **k: gk.gumbel_loss(z, y, clip=None, **k)),
     Case("sigmoid", 1, gk.sigmoid_loss, released.sigmoid_ce),
     Case("softmax", 1, gk.softmax_loss, lambda z, y: torch.nn.functional.cross_entropy(z, y)),
-    Case(
-        "eql-gumbel",
-        0,
-        _eql(gk.gumbel_loss),
-        lambda z, y: released.eql(z, y, rare_mask(z.shape[1]), gumbel=True),
-    ),
-    Case(
-        "eql-sigmoid",
-        0,
-        _eql(gk.sigmoid_loss),
-        lambda z, y: released.eql(z, y, rare_mask(z.shape[1]), gumbel=False),
-    ),
-    Case("gol", 0, _drop(gk.gumbel_loss)),
-    Case("drop-sigmoid", 0, _drop(gk.sigmoid_loss)),
+    Case("probit", 1, gk.probit_loss),
+    Case("probit-unclipped", 1, lambda z, y, **k: gk.probit_loss(z, y, clip=None, **k)),
+    Case("softmax-prior", 1, _prior),
+    *_pairs(),
     Case(
         "seesaw",
         2,

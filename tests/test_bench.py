@@ -71,7 +71,8 @@ def test_a_refused_provider_gets_no_row(monkeypatch: pytest.MonkeyPatch) -> None
     case = CASES["sigmoid"]
     softmax = Provider("softmax", "", next(p for p in eager_providers(CASES["softmax"])).step)
     monkeypatch.setattr("bench.measure.eager_providers", lambda case: [*eager_providers(case), softmax])
-    rows, refused = speed_rows(case, malloc="default", eager=True, n=8, k=33, threads=1, rounds=2, min_ms=0.1)
+    batch = case.batch(8, 33)
+    rows, refused = speed_rows(case, batch, malloc="default", eager=True, threads=1, rounds=2, min_ms=0.1)
     assert {row["provider"] for row in rows} == {p.name for p in eager_providers(case)}
     assert len(refused) == 1
     assert refused[0].startswith("sigmoid, softmax: not the same loss")
@@ -244,11 +245,13 @@ def test_a_demo_of_two_commits_is_not_recorded(tmp_path: Path) -> None:
 
 
 def test_plot(tmp_path: Path) -> None:
-    store, first, second = tmp_path / "cpu.jsonl", tmp_path / "a.png", tmp_path / "b.png"
+    store, first, second = tmp_path / "cpu.jsonl", tmp_path / "a/cpu.png", tmp_path / "b/cpu.png"
+    without = str(tmp_path / "no GPU was measured")
     records.append(store, _rows("1"))
-    main(["plot", "--records", str(store), "--output", str(first)])
+    main(["plot", "--records", str(store), "--gpu-records", without, "--folder", str(first.parent)])
     records.append(store, _rows("2", ratio=3.0))
-    main(["plot", "--records", str(store), "--output", str(second)])
+    main(["plot", "--records", str(store), "--gpu-records", without, "--folder", str(second.parent)])
+    assert [path.name for path in first.parent.iterdir()] == ["cpu.png"]
     assert first.read_bytes().startswith(b"\x89PNG")
     assert first.read_bytes() != second.read_bytes()
 

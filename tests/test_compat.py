@@ -7,7 +7,7 @@ import torch
 
 import gol_kernels as gk
 from gol_kernels import released
-from tests.cases import loss_and_grad, rare_mask, relative_l2
+from tests.cases import generator, loss_and_grad, rare_mask, relative_l2
 
 
 def _positive_slope(z: float, backend: str, **options: object) -> float:
@@ -97,13 +97,13 @@ def test_reproduces_released_drop_loss(backend: str, gumbel: bool, background_ro
     labels = torch.randint(0, 90, (40,))
     labels[:background_rows] = 90
     rare = rare_mask(90)
-    generator = torch.Generator().manual_seed(3)
-    seed, offset = torch.randint(2**63 - 1, (2,), generator=torch.Generator().manual_seed(3))
+    seed, offset = torch.randint(2**63 - 1, (2,), generator=generator(seed=3))
     uniform = gk.reference.philox_uint16(seed, offset, 40, 90).float() / 2**16
     function = gk.gumbel_loss if gumbel else gk.sigmoid_loss
     options = {"compat": "gol"} if gumbel else {}
     loss, grad = loss_and_grad(
-        lambda z: function(z, labels, reweight=gk.Drop(rare, generator), backend=backend, **options), logits
+        lambda z: function(z, labels, reweight=gk.Drop(rare, generator(seed=3)), backend=backend, **options),
+        logits,
     )
     expected_loss, expected = loss_and_grad(
         lambda z: released.drop_loss(z, labels, rare, gumbel=gumbel, uniform=uniform), logits

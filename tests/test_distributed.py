@@ -34,10 +34,13 @@ def _batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     ]
 
 
-def _train(rank: int, world: int, broadcast_buffers: bool) -> dict[str, torch.Tensor]:
+LOSSES = {"seesaw": gk.SeesawLoss, "eqlv2": gk.EQLv2Loss, "equilibrium": gk.EquilibriumLoss}
+
+
+def _train(name: str, rank: int, world: int, broadcast_buffers: bool) -> dict[str, torch.Tensor]:
     """STEPS of SGD on rank's share of each batch; what is left of it."""
     torch.manual_seed(0)
-    loss = gk.SeesawLoss(CLASSES)
+    loss = LOSSES[name](CLASSES)
     model = nn.ModuleDict({"fc": nn.Linear(FEATURES, loss.num_logits), "loss": loss})
 
     class Step(nn.Module):
@@ -59,27 +62,37 @@ def _train(rank: int, world: int, broadcast_buffers: bool) -> dict[str, torch.Te
         value.backward()
         optimizer.step()
         losses.append(value.detach())
-    counts = loss.class_stats.label_counts
-    return {"losses": torch.stack(losses), "weight": model["fc"].weight.detach(), "counts": counts}
+    return {"losses": torch.stack(losses), "weight": model["fc"].weight.detach(), **loss.state_dict()}
 
 
-def _worker(rank: int, world: int, port: int, broadcast_buffers: bool, folder: str) -> None:
+def _worker(rank: int, world: int, port: int, name: str, broadcast_buffers: bool, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    torch.save(_train(rank, world, broadcast_buffers), f"{folder}/{rank}.pt")
+    torch.save(_train(name, rank, world, broadcast_buffers), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("broadcast_buffers", [True, False])
-def test_two_ranks_equal_one(tmp_path: Path, broadcast_buffers: bool) -> None:
-    """Loss, gradient (through three steps of weights) and Seesaw's counts."""
-    mp.spawn(_worker, (2, _free_port(), broadcast_buffers, str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize(
+    ("name", "broadcast_buffers"),
+    [("seesaw", True), ("seesaw", False), ("eqlv2", False), ("equilibrium", True)],
+)
+def test_two_ranks_equal_one(tmp_path: Path, name: str, broadcast_buffers: bool) -> None:
+    """Loss, gradient (through three steps of weights) and the state: counts, gradients, mean scores."""
+    mp.spawn(_worker, (2, _free_port(), name, broadcast_buffers, str(tmp_path)), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    alone = _train(0, 1, False)
-    assert torch.equal(ranks[0]["counts"], ranks[1]["counts"])
-    assert torch.equal(ranks[0]["counts"], alone["counts"])
-    assert int(alone["counts"].sum()) == STEPS * ROWS
+    alone = _train(name, 0, 1, False)
+    for key, expected in alone.items():
+        if key in ("losses", "weight"):
+            continue
+        assert torch.equal(ranks[0][key], ranks[1][key])
+        if expected.is_floating_point():
+            torch.testing.assert_close(ranks[0][key], expected, rtol=1e-6, atol=1e-9)
+        else:
+            assert torch.equal(ranks[0][key], expected)
+    if name != "equilibrium":
+        counts = next(value for key, value in alone.items() if key.endswith("label_counts"))
+        assert int(counts.sum()) == STEPS * ROWS
     both = (ranks[0]["losses"] + ranks[1]["losses"]) / 2
     torch.testing.assert_close(both, alone["losses"], rtol=1e-5, atol=0)
     torch.testing.assert_close(ranks[0]["weight"], alone["weight"], rtol=1e-4, atol=1e-6)

@@ -7,7 +7,7 @@ import torch
 
 import gol_kernels as gk
 from gol_kernels import reference
-from tests.cases import loss_and_grad, rare_mask
+from tests.cases import generator, loss_and_grad, rare_mask
 
 
 def _words(key: tuple[int, int], counter: tuple[int, int, int, int]) -> list[int]:
@@ -42,7 +42,7 @@ def test_philox_counter_layout() -> None:
 def _kept(backend: str, labels: torch.Tensor, rare: torch.Tensor, seed: int) -> torch.Tensor:
     """[N, C] bool: which elements have a gradient."""
     logits = torch.zeros(len(labels), len(rare))
-    reweight = gk.Drop(rare, torch.Generator().manual_seed(seed))
+    reweight = gk.Drop(rare, generator(seed=seed))
     _, grad = loss_and_grad(lambda z: gk.sigmoid_loss(z, labels, reweight=reweight, backend=backend), logits)
     return grad != 0
 
@@ -104,7 +104,7 @@ def test_forward_and_backward_drop_the_same(backend: str) -> None:
     grads = []
     for dtype in (torch.float32, torch.float16):
         logits = torch.zeros(20, 200, dtype=dtype)
-        reweight = gk.Drop(rare, torch.Generator().manual_seed(6))
+        reweight = gk.Drop(rare, generator(seed=6))
         grads.append(
             loss_and_grad(
                 lambda z, r=reweight: gk.sigmoid_loss(z, labels, reweight=r, backend=backend), logits

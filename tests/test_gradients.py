@@ -75,11 +75,12 @@ def test_seesaw_gradcheck(backend: str, p: float, q: float) -> None:
 @CASE
 @pytest.mark.parametrize("shape", [(33, 1203), (16, 1204), (17, 1205), (5, 1), (9, 2), (4, 80), (1, 40)])
 def test_float32_error(native_backend: str, case: Case, shape: tuple[int, int]) -> None:
-    """Relative L2 error of the gradient at most 2e-7, and of the loss 1e-6, against float64."""
+    """Relative L2 error of the gradient at most 2e-7 (Seesaw on binary terms: 6e-7), and of the loss 1e-6,
+    against float64."""
     logits, labels = case.inputs(*shape)
     expected_loss, expected = truth(case, logits, labels)
     loss, grad = loss_and_grad(lambda z: case.loss(z, labels, backend=native_backend), logits)
-    assert relative_l2(grad, expected) <= 2e-7
+    assert relative_l2(grad, expected) <= case.tolerance
     assert relative_l2(loss, expected_loss) <= 1e-6
 
 

@@ -2,7 +2,7 @@
 //
 // A row is a stretch of negatives with a hole, its positive column. Whole vectors beside the hole go
 // through a loop of load, slope, store, and one multiplication for the loss; the logarithm is taken of
-// the product of up to kLogEvery factors.
+// the product of many factors. Only terms that have weights of their own need a logarithm each.
 #pragma once
 
 #include <cmath>
@@ -14,22 +14,20 @@
 namespace gol {
 inline namespace GOL_ISA {
 
-// kMinFactor^64 = 4e-35 is far above the smallest normal number.
-constexpr int kLogEvery = 64;
-
-// sum of linear - log2(factor) over the negatives of a row.
-template <class V> class RowSum {
+// sum of linear - log2(factor) over the terms of a row. kEvery vectors at most are added before the sum
+// goes on in double: as many factors as a product holds, and few enough fp32 additions.
+template <class V, int kEvery> class RowSum {
  public:
   GOL_FN RowSum() : linear_(0.0), product_(1.0), total_(0), pending_(0) {}
-  // How many vectors may be added before flush().
-  GOL_FN int64_t room() const { return kLogEvery - pending_; }
+  // How many vectors may be added before added().
+  GOL_FN int64_t room() const { return kEvery - pending_; }
   GOL_FN void add(const NegativeTerm<V>& t) {
     linear_ = linear_ + t.linear;
     product_ = product_ * t.factor;
   }
   GOL_FN void added(int64_t vectors) {
     pending_ += vectors;
-    if (pending_ == kLogEvery) flush();
+    if (pending_ == kEvery) flush();
   }
   GOL_FN double total() {
     flush();
@@ -48,31 +46,100 @@ template <class V> class RowSum {
   int64_t pending_;
 };
 
-// All negatives of a row, those of the column `hole` left out; the gradient is scale * slope, and written
-// everywhere but in the hole's place. dropped has one bit for each column; kMasked = false ignores it.
-template <class V, bool kGrad, bool kMasked, class T, class Link>
-GOL_FN void negatives(const Link& link, const T* z, T* grad, int64_t count, int64_t hole, V scale,
-                      const uint64_t* dropped, RowSum<V>* sum) {
-  using L = Lanes<V>;
-  constexpr int W = L::width;
-  const auto kept = [&](int64_t i) {
+// --- what becomes of the negatives -----------------------------------------------------------
+// kept(i, z): the lanes from column i that count, where kSelects; weigh(link, i, n, z, term): a term's weight
+// put into it. kTerms: how many may be summed in fp32, or multiplied.
+template <class V> struct AllTerms {
+  static constexpr bool kSelects = false;
+  static constexpr int kTerms = 64;
+  template <class Link, class N>
+  GOL_FN NegativeTerm<V> weigh(const Link&, int64_t, N, V, const NegativeTerm<V>& t) const {
+    return t;
+  }
+};
+
+template <class V> struct MaskedTerms : AllTerms<V> {
+  static constexpr bool kSelects = true;
+  const uint64_t* dropped;
+  GOL_FN explicit MaskedTerms(const uint64_t* mask) : dropped(mask) {}
+  GOL_FN auto kept(int64_t i, V) const {
     uint64_t word;
     std::memcpy(&word, reinterpret_cast<const unsigned char*>(dropped) + i / 8, sizeof(word));
-    return L::clear_bits(word >> (i % 8));
-  };
-  const auto only = [](typename L::Mask on, const NegativeTerm<V>& t) {
-    return NegativeTerm<V>{select(on, t.linear, V(0.0)), select(on, t.factor, V(1.0)),
-                           select(on, t.slope, V(0.0))};
+    return Lanes<V>::clear_bits(word >> (i % 8));
+  }
+};
+
+template <class V> struct AboveTerms : AllTerms<V> {
+  static constexpr bool kSelects = true;
+  V limit;
+  GOL_FN explicit AboveTerms(double logit_limit) : limit(logit_limit) {}
+  GOL_FN auto kept(int64_t, V z) const { return less(limit, z); }
+};
+
+// weight times the term, its logarithm taken.
+template <class V> GOL_FN NegativeTerm<V> weighted(V weight, const NegativeTerm<V>& t) {
+  return {weight * (t.linear - log2(t.factor)), V(1.0), weight * t.slope};
+}
+
+template <class V, class Number> struct WeightedTerms {
+  static constexpr bool kSelects = false;
+  static constexpr int kTerms = 16;
+  const Number* weight;
+  GOL_FN explicit WeightedTerms(const void* table) : weight(static_cast<const Number*>(table)) {}
+  // A term of weight 0 does not exist, whatever its logit; a weight that is no number shows.
+  template <class Link, class N>
+  GOL_FN NegativeTerm<V> weigh(const Link&, int64_t i, N n, V, const NegativeTerm<V>& t) const {
+    const V w = load_lanes<V>(weight + i, n);
+    const auto gone = less(vmax(w, V(0.0) - w), V(1.2e-38));
+    const NegativeTerm<V> u = weighted(w, t);
+    return {select(gone, V(0.0), u.linear), u.factor, select(gone, V(0.0), u.slope)};
+  }
+};
+
+// kSquare: q is 2, the paper's, and a square of the quotient of probabilities needs no exponential.
+template <class V, class Number, bool kSquare> struct SeesawTerms {
+  static constexpr bool kSelects = false;
+  static constexpr int kTerms = 16;
+  const Number* power;
+  SeesawRow<V> factors;
+  V inverse_limit;
+  // limit: max(p_y, eps).
+  GOL_FN SeesawTerms(const cpu::BernoulliArgs& a, int64_t label, double limit)
+      : power(static_cast<const Number*>(a.power)),
+        factors(static_cast<double>(power[label]), a.q, std::log2(limit)), inverse_limit(1.0 / limit) {}
+  template <class Link, class N>
+  GOL_FN NegativeTerm<V> weigh(const Link& link, int64_t i, N n, V z, const NegativeTerm<V>& t) const {
+    const V mitigation = factors.mitigation(load_lanes<V>(power + i, n));
+    if constexpr (!kSquare) return weighted(mitigation * factors.compensation(link.log2_probability(z)), t);
+    const V ratio = vmax(link.probability(z) * inverse_limit, V(1.0));
+    return weighted(mitigation * ratio * ratio, t);
+  }
+};
+
+// The loss in base 2 of a row's negatives, the one at `hole` left out. The gradient is scale * slope,
+// written everywhere, 0 in the hole's place.
+template <class V, bool kGrad, class Number, class Link, class Terms>
+GOL_FN double negatives(const Link& link, const Number* z, Number* grad, int64_t count, int64_t hole, V scale,
+                        const Terms& terms) {
+  using L = Lanes<V>;
+  constexpr int W = L::width;
+  const std::integral_constant<int, W> full;
+  const V zero(0.0);
+  RowSum<V, (Terms::kTerms < Link::kMaxProduct ? Terms::kTerms : Link::kMaxProduct)> sum;
+  const auto only = [&](typename L::Mask on, const NegativeTerm<V>& t) {
+    return NegativeTerm<V>{select(on, t.linear, zero), select(on, t.factor, V(1.0)),
+                           select(on, t.slope, zero)};
   };
   // n <= W elements from i on, the hole perhaps among them.
-  const auto careful = [&](int64_t i, int n) {
+  const auto careful = [&](int64_t i, auto n) {
     auto on = L::first(n);
     if (hole >= i && hole < i + n) on = L::both(on, L::clear_bits(uint64_t{1} << (hole - i)));
-    if (kMasked) on = L::both(on, kept(i));
-    const NegativeTerm<V> t = only(on, link.negative(L::load(z + i, n)));
-    sum->add(t);
-    sum->added(1);
-    if (kGrad) L::store(grad + i, n, scale * t.slope);
+    const V logits = load_lanes<V>(z + i, n);
+    if constexpr (Terms::kSelects) on = L::both(on, terms.kept(i, logits));
+    const NegativeTerm<V> t = only(on, terms.weigh(link, i, n, logits, link.negative(logits)));
+    sum.add(t);
+    sum.added(1);
+    if (kGrad) store_lanes(grad + i, n, scale * t.slope);
   };
   // A store across two cache lines costs twice.
   const int64_t head = kGrad ? to_alignment<V>(grad) : 0;
@@ -87,21 +154,23 @@ GOL_FN void negatives(const Link& link, const T* z, T* grad, int64_t count, int6
       i += n;
       continue;
     }
-    const int64_t vectors = whole < sum->room() ? whole : sum->room();
+    const int64_t vectors = whole < sum.room() ? whole : sum.room();
     for (const int64_t end = i + vectors * W; i < end; i += W) {
-      NegativeTerm<V> t = link.negative(L::load(z + i));
-      if (kMasked) t = only(kept(i), t);
-      sum->add(t);
+      const V logits = L::load(z + i);
+      NegativeTerm<V> t = terms.weigh(link, i, full, logits, link.negative(logits));
+      if constexpr (Terms::kSelects) t = only(terms.kept(i, logits), t);
+      sum.add(t);
       if (kGrad) L::store(grad + i, scale * t.slope);
     }
-    sum->added(vectors);
+    sum.added(vectors);
   }
+  return sum.total();
 }
 
 // DropLoss, background rows: bit c is set when class c is rare and its draw is not below the limit,
 // so that a negative survives with the probability limit / 2^16. Lane l of the generator has columns
 // 8l..8l+7, two in each of its four words.
-GOL_FN void draw_dropped(const cpu::BernoulliArgs& a, int64_t row, uint64_t* dropped) {
+GOL_FN void draw_dropped(const cpu::BernoulliArgs& a, int64_t row, const uint64_t* rare, uint64_t* dropped) {
   constexpr int kLanes = Words::width;
   const int64_t words = (a.num_columns + 63) / 64;
   for (int64_t w = 0; w < words + 2; ++w) dropped[w] = 0;
@@ -118,60 +187,111 @@ GOL_FN void draw_dropped(const cpu::BernoulliArgs& a, int64_t row, uint64_t* dro
       dropped[group / 8 + part] |= bits << (group % 8 * 8);
     }
   }
-  for (int64_t w = 0; w < words; ++w) dropped[w] &= a.rare[w];
+  for (int64_t w = 0; w < words; ++w) dropped[w] &= rare[w];
 }
 
-template <bool kGrad, class T, template <class> class LinkFor>
+// --- rows --------------------------------------------------------------------------------------
+template <class V, class From, class To> GOL_FN void convert(const From* from, int64_t count, To* to) {
+  for_vectors<V>(0, count, [&](int64_t j, auto n) { store_lanes(to + j, n, load_lanes<V>(from + j, n)); });
+}
+
+// sums[j] += factor * grad[j]
+template <class V, class Number>
+GOL_FN void add_row(const Number* grad, int64_t count, double factor, Number* sums) {
+  const V f(factor);
+  for_vectors<V>(0, count, [&](int64_t j, auto n) {
+    store_lanes(sums + j, n, fma(f, load_lanes<V>(grad + j, n), load_lanes<V>(sums + j, n)));
+  });
+}
+
+// Rows of 16-bit logits are widened into scratch, and their gradient is made there.
+template <class V, class Number, bool kGrad, template <class> class LinkFor>
 void bernoulli_rows(const cpu::BernoulliArgs& a, int64_t begin, int64_t end, uint64_t* scratch) {
-  using V = RowNumber<T>;
+  using cpu::DType;
   const LinkFor<V> link(a.link_options);
   const LinkFor<double> exact_link(a.link_options);
-  const int64_t K = a.num_columns;
+  const int64_t K = a.num_columns, padded = (K + 15) / 16 * 16;
+  Number* const wide_logits = reinterpret_cast<Number*>(scratch);
+  Number* const wide_grad = wide_logits + padded;
+  Number* const sums = wide_grad + padded;  // of few rows: fp32 holds them
+  uint64_t* const sampled = reinterpret_cast<uint64_t*>(sums + padded);
+  const bool is_wide = a.dtype == DType::kFloat32 || a.dtype == DType::kFloat64;
+  const bool in_place = is_wide && a.grad != nullptr;
+  const auto flush_sums = [&] {
+    for (int64_t j = 0; j < K; ++j) a.negative_sums[j] += sums[j];
+    for (int64_t j = 0; j < K; ++j) sums[j] = 0;
+  };
   for (int64_t row = begin; row < end; ++row) {
-    const T* z = static_cast<const T*>(a.logits) + row * a.row_stride;
-    T* grad = kGrad ? static_cast<T*>(a.grad) + row * K : nullptr;
+    const int64_t at = row * a.row_stride, grad_at = row * K;
+    Number* const grad = !kGrad ? nullptr : in_place ? static_cast<Number*>(a.grad) + grad_at : wide_grad;
     const double scale = a.row_scale[row];
+    if (a.positive_slope != nullptr) a.positive_slope[row] = 0;
     if (scale == 0 || std::isnan(scale)) {
       a.row_loss[row] = scale;
       fill<kGrad>(grad, K, scale);
-      continue;
+    } else {
+      const Number* z = wide_logits;
+      if (is_wide) z = static_cast<const Number*>(a.logits) + at;
+      else if (a.dtype == DType::kFloat16)
+        convert<V>(static_cast<const Float16*>(a.logits) + at, K, wide_logits);
+      else convert<V>(static_cast<const BFloat16*>(a.logits) + at, K, wide_logits);
+      const int64_t label = a.labels[row], positive = label < K ? label : K;
+      const V grad_scale(scale * link.unit);
+      const auto total = [&](const auto& terms) {
+        return negatives<V, kGrad>(link, z, grad, K, positive, grad_scale, terms);
+      };
+      const uint64_t* const mask =
+          a.masks + (a.row_mask != nullptr ? a.row_mask[row] * a.mask_words : int64_t{0});
+      double loss = 0;
+      switch (label < a.num_classes ? a.foreground : a.background) {
+        case cpu::Terms::kAll: loss = total(AllTerms<V>()); break;
+        case cpu::Terms::kMasked: loss = total(MaskedTerms<V>(mask)); break;
+        case cpu::Terms::kSampled:
+          draw_dropped(a, row, mask, sampled);
+          loss = total(MaskedTerms<V>(sampled));
+          break;
+        case cpu::Terms::kAbove: loss = total(AboveTerms<V>(a.logit_limit)); break;
+        case cpu::Terms::kWeighted: loss = total(WeightedTerms<V, Number>(a.weight)); break;
+        case cpu::Terms::kSeesaw: {
+          const double limit = vmax(exact_link.probability(first_element<V>(z + label)), a.eps);
+          loss = a.q == 2 ? total(SeesawTerms<V, Number, true>(a, label, limit))
+                          : total(SeesawTerms<V, Number, false>(a, label, limit));
+        } break;
+      }
+      loss *= kLn2;
+      if (kGrad && a.row_weight != nullptr)
+        add_row<V>(grad, K, a.row_weight[row] / scale, sums);  // slopes are positive
+      const double weight = a.positive_weight != nullptr ? a.positive_weight[row] : 1.0;
+      if (positive < K && weight != 0) {
+        const PositiveTerm<double> t = exact_link.positive(first_element<V>(z + positive));
+        loss += weight * t.loss;
+        if (kGrad) Lanes<V>::store(grad + positive, 1, V(scale * weight * t.slope));
+        if (a.positive_slope != nullptr) a.positive_slope[row] = std::fabs(weight * t.slope);
+      }
+      a.row_loss[row] = loss;
     }
-    const int64_t label = a.labels[row];
-    const bool foreground = label < a.num_classes;
-    const uint64_t* dropped = nullptr;
-    if (a.drop != cpu::Drop::kNone && foreground) {
-      dropped = a.rare;
-    } else if (a.drop == cpu::Drop::kForegroundAndSampledBackground) {
-      draw_dropped(a, row, scratch);
-      dropped = scratch;
+    if (kGrad && !is_wide && a.grad != nullptr) {
+      if (a.dtype == DType::kFloat16) convert<V>(grad, K, static_cast<Float16*>(a.grad) + grad_at);
+      else convert<V>(grad, K, static_cast<BFloat16*>(a.grad) + grad_at);
     }
-    const int64_t positive = label < K ? label : K;
-    RowSum<V> sum;
-    const V grad_scale(scale * link.unit);
-    if (dropped == nullptr) negatives<V, kGrad, false>(link, z, grad, K, positive, grad_scale, dropped, &sum);
-    else negatives<V, kGrad, true>(link, z, grad, K, positive, grad_scale, dropped, &sum);
-    double loss = kLn2 * sum.total();
-    if (positive < K) {
-      const PositiveTerm<double> t = exact_link.positive(first_element<V>(z + positive));
-      loss += t.loss;
-      if (kGrad) Lanes<V>::store(grad + positive, 1, V(scale * t.slope));
-    }
-    a.row_loss[row] = loss;
+    constexpr int64_t kFew = 16;
+    if (a.row_weight != nullptr && ((row - begin) % kFew == kFew - 1 || row + 1 == end)) flush_sums();
   }
 }
 
-template <class V> using GumbelZeroOutside = GumbelLink<V, GumbelSlope::kZeroOutside>;
-template <class V> using GumbelStraightThrough = GumbelLink<V, GumbelSlope::kStraightThrough>;
-template <class V> using GumbelReleased = GumbelLink<V, GumbelSlope::kReleased>;
+template <class V> using ExactGumbel = GumbelLink<V, false>;
+template <class V> using ReleasedGumbel = GumbelLink<V, true>;
 
-template <bool kGrad, class T>
+template <class V, class Number, bool kGrad>
 void bernoulli_for_link(const cpu::BernoulliArgs& a, int64_t begin, int64_t end, uint64_t* scratch) {
-  if (a.link == cpu::Link::kSigmoid) bernoulli_rows<kGrad, T, SigmoidLink>(a, begin, end, scratch);
-  else if (a.gumbel_slope == GumbelSlope::kZeroOutside)
-    bernoulli_rows<kGrad, T, GumbelZeroOutside>(a, begin, end, scratch);
-  else if (a.gumbel_slope == GumbelSlope::kStraightThrough)
-    bernoulli_rows<kGrad, T, GumbelStraightThrough>(a, begin, end, scratch);
-  else bernoulli_rows<kGrad, T, GumbelReleased>(a, begin, end, scratch);
+  switch (a.link) {
+    case cpu::Link::kGumbel: bernoulli_rows<V, Number, kGrad, ExactGumbel>(a, begin, end, scratch); break;
+    case cpu::Link::kGumbelReleased:
+      bernoulli_rows<V, Number, kGrad, ReleasedGumbel>(a, begin, end, scratch);
+      break;
+    case cpu::Link::kSigmoid: bernoulli_rows<V, Number, kGrad, SigmoidLink>(a, begin, end, scratch); break;
+    case cpu::Link::kProbit: bernoulli_rows<V, Number, kGrad, ProbitLink>(a, begin, end, scratch); break;
+  }
 }
 
 // Elementwise p = exp(-exp(-z/T)), or with grad_output its backward grad_output * p * e / T.
@@ -179,7 +299,7 @@ template <class T>
 void gumbel_activation_range(const cpu::GumbelActivationArgs& a, int64_t begin, int64_t end) {
   using V = RowNumber<T>;
   using L = Lanes<V>;
-  const V clip_min(a.link_options.clip_min), clip_max(a.link_options.clip_max);
+  const Clip<V> clip(a.link_options);
   const V rate(-kLog2E / a.link_options.temperature), ln2_over_t(kLn2 / a.link_options.temperature);
   const T* logits = static_cast<const T*>(a.logits);
   const T* upstream = static_cast<const T*>(a.grad_output);
@@ -187,12 +307,11 @@ void gumbel_activation_range(const cpu::GumbelActivationArgs& a, int64_t begin, 
   for (int64_t i = begin; i < end; i += L::width) {
     const int n = end - i < L::width ? static_cast<int>(end - i) : L::width;
     const V z = L::load(logits + i, n);
-    const V zc = vmax(vmin(z, clip_max), clip_min);
+    const V zc = clip(z);
     const V e2 = exp2(fma(zc, rate, V(kLog2Log2E)));
     V result = exp2(V(0.0) - e2);
-    if (upstream != nullptr) {
+    if (upstream != nullptr)
       result = select(differs(z, zc), V(0.0), result * e2 * ln2_over_t) * L::load(upstream + i, n);
-    }
     L::store(output + i, n, result);
   }
 }

@@ -10,29 +10,54 @@ namespace gol {
 namespace cpu {
 
 enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
-enum class Link { kGumbel, kSigmoid };
-// EQL (CVPR 2020) and DropLoss (AAAI 2021) drop negatives of rare classes; which ones, is the row's
-// business alone, and reaches the inner loop as one bit for each column.
-enum class Drop { kNone, kForeground, kForegroundAndSampledBackground };
+enum class Link { kGumbel, kGumbelReleased, kSigmoid, kProbit };
+// What becomes of a row's negatives. The reweightings of the papers are pairs of these, one for foreground
+// rows and one for background rows.
+enum class Terms {
+  kAll,
+  kMasked,    // those in the row's mask are dropped
+  kSampled,   // those in the row's mask are dropped unless their draw is below keep_limit (DropLoss)
+  kAbove,     // those with a logit above logit_limit are kept (ACSL)
+  kWeighted,  // each is multiplied by its column's weight
+  kSeesaw,    // each is multiplied by Seesaw's factors
+};
 
 struct BernoulliArgs {
   DType dtype;
   const void* logits;  // [N, K], rows row_stride elements apart
   int64_t row_stride;
-  void* grad;               // [N, K] contiguous, or null: the loss alone
+  void* grad;               // [N, K] contiguous, or null
   int64_t num_columns;      // K
   int64_t num_classes;      // C; label C is background. A label below K has a positive column
   const int64_t* labels;    // [N]
   const double* row_scale;  // [N]; 0: the row does not exist, NaN: its loss and gradient are NaN
   double* row_loss;         // [N], unscaled
   Link link;
-  GumbelSlope gumbel_slope;
   LinkOptions link_options;
-  Drop drop;
-  const uint64_t* rare;  // bit c set: class c is rare; K bits and 64 bits of padding
-  uint32_t keep_limit;   // a background row keeps a rare class's negative when its draw is below
+  Terms foreground, background;
+  const double* positive_weight;  // [N], of the row's positive; null: 1
+  // Masks of mask_words each, K bits and 64 bits of padding; a row has mask row_mask[row], null: the first.
+  const uint64_t* masks;
+  int64_t mask_words;
+  const uint8_t* row_mask;
+  uint32_t keep_limit;
   uint64_t seed, offset;
+  double logit_limit;
+  // Tables [K] are of double for kFloat64, else of float.
+  const void* weight;  // of the negatives
+  const void* power;   // Seesaw: n_c^p over its maximum, at least 2^-60 (kFloat64: 2^-900)
+  double q, eps;
+  // Statistics: null, or what the sums over rows of row_weight |d row_loss / d z| are made of.
+  const double* row_weight;  // [N]
+  double* positive_slope;    // [N]: of the row's positive, without the row's weight
+  double* negative_sums;     // [K]: added to, negatives
 };
+
+// 64-bit words of scratch that a call of the kernel needs: a row of logits, of gradient and of sums, and a
+// mask.
+constexpr int64_t bernoulli_scratch(int64_t num_columns) {
+  return 3 * (num_columns + 15) + num_columns / 64 + 3;
+}
 
 struct SoftmaxArgs {
   DType dtype;
@@ -46,10 +71,11 @@ struct SoftmaxArgs {
   const double* objectness_scale;  // [N], of the objectness term
   double* row_loss;                // [N], unscaled
   double* row_objectness;          // [N], unscaled; null without objectness
-  // Seesaw: n_c^p over its maximum [num_softmax], float (double for kFloat64), at least 2^-60 (2^-900).
-  // Null: plain softmax.
-  const void* power;
-  double q, log2_eps;
+  // Tables [num_softmax], over their maximum: float, at least 2^-60 (kFloat64: double, 2^-900). Null: not
+  // used.
+  const void* power;  // Seesaw: n_c^p
+  double q, eps;
+  const void* prior;  // every exponential is multiplied by its class's
 };
 
 struct GumbelActivationArgs {
@@ -63,8 +89,8 @@ struct GumbelActivationArgs {
 // Rows [begin, end). scratch belongs to the calling thread and begins at a cache line.
 struct KernelTable {
   const char* name;
-  void (*bernoulli)(const BernoulliArgs&, int64_t begin, int64_t end, uint64_t* scratch);  // K/64 + 3 words
-  void (*softmax)(const SoftmaxArgs&, int64_t begin, int64_t end, double* scratch);        // 2 K + 32 doubles
+  void (*bernoulli)(const BernoulliArgs&, int64_t begin, int64_t end, uint64_t* scratch);
+  void (*softmax)(const SoftmaxArgs&, int64_t begin, int64_t end, double* scratch);  // 2 K + 32 doubles
   void (*gumbel_activation)(const GumbelActivationArgs&, int64_t begin, int64_t end);
 };
 

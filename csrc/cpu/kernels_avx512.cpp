@@ -22,6 +22,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 warns of its own _mm512_undefined_ps.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include "lanes_avx512.h"
 // lanes first: the kernels are written in its terms

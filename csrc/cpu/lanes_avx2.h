@@ -45,33 +45,31 @@ GOL_FN Vec divide(Vec a, Vec b, Vec low) {
   return fma(fnma(q, low, fnma(q, b, a)), r, q);
 }
 
-// 2^(x + low) = 2^n * 2^(k/8) * P(f), x = n + k/8 + f with |f| <= 1/16: 2^(k/8) comes from a table in a
-// register, P has degree 3 and P(0) = 1, relative error 2.5e-8. Below the smallest normal number the
-// result is 0; x must stay below 128.
-template <bool kLow> GOL_FN Vec exp2_sum(Vec x, Vec low) {
-  const __m256 table = _mm256_setr_ps(1.f, 1.09050773f, 1.18920712f, 1.29683955f, 1.41421356f, 1.54221083f,
-                                      1.68179283f, 1.83400809f);
-  // On top of 1.5 * 2^20 the multiples of 1/8 stand in the last bits of the mantissa, the integer 8 n + k.
-  const Vec magic(1572864.0);
-  const Vec shifted = x + magic;
-  Vec f = x - (shifted - magic);
-  if (kLow) f = f + low;
-  const __m256i eighths = _mm256_castps_si256(shifted.v);
-  const __m256i exponent = _mm256_slli_epi32(_mm256_srli_epi32(eighths, 3), 23);
-  const __m256 fraction = _mm256_permutevar8x32_ps(table, eighths);
-  const Vec t(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(fraction), exponent)));
+// 2^(n + k/8 + f) = 2^n * 2^(k/8) * P(f), |f| <= 1/16: P has degree 3 and P(0) = 1, minimax relative error
+// 2.5e-8. On top of 1.5 * 2^20 the multiple of 1/8 stands in the last bits of the mantissa, the integer 8 n +
+// k; shifted to the exponent, its k is taken off again by the table of 2^(k/8), which lies in a register.
+// Below 2^-126 the result is 0; n must stay below 128.
+constexpr float kOnTop = 1572864.f;
+GOL_FN Vec exp2_of_sum(Vec eighths_on_top, Vec f) {
+  const __m256i table = _mm256_setr_epi32(0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3,
+                                          0x3f75672a, 0x3f7744fd, 0x3f7ac0c7);
+  const __m256i bits = _mm256_castps_si256(eighths_on_top.v);
+  const __m256i fraction = _mm256_permutevar8x32_epi32(table, bits);
+  const Vec t(_mm256_castsi256_ps(_mm256_add_epi32(fraction, _mm256_slli_epi32(bits, 20))));
   Vec p = fma(Vec(0.05549622), f, Vec(0.24025763));
   p = fma(p, f, Vec(0.69314721));
-  const Vec r = fma(t * f, p, t);
-  return _mm256_and_ps(_mm256_cmp_ps(x.v, _mm256_set1_ps(-126.f), _CMP_NLT_UQ), r.v);  // NaN stays
+  const __m256 normal = _mm256_cmp_ps(eighths_on_top.v, _mm256_set1_ps(kOnTop - 126.f), _CMP_NLT_UQ);
+  return _mm256_and_ps(normal, fma(t * f, p, t).v);  // NaN stays
 }
-GOL_FN Vec exp2(Vec x) { return exp2_sum<false>(x, x); }
+GOL_FN Vec exp2(Vec x) {
+  const Vec n = x + Vec(kOnTop);
+  return exp2_of_sum(n, x - (n - Vec(kOnTop)));
+}
 // e^x with x * log2(e) in two pieces: 1 ulp where exp2(x * log2(e)) would lose |x| ulp.
 GOL_FN Vec exp(Vec x) {
-  const float log2e = static_cast<float>(kLog2E);
-  const Vec high = x * Vec(kLog2E);
-  const Vec low = fma(x, Vec(kLog2E - log2e), fma(x, Vec(kLog2E), Vec(0.0) - high));
-  return exp2_sum<true>(high, low);
+  const Vec n = fma(x, Vec(kLog2E), Vec(kOnTop));
+  const Vec f = fma(x, Vec(kLog2E), Vec(kOnTop) - n);
+  return exp2_of_sum(n, fma(x, Vec(kLog2E - static_cast<float>(kLog2E)), f));
 }
 
 // log2 of a positive normal number: exponent + 2/ln2 * atanh((m - 1) / (m + 1)), m in [3/4, 3/2).
@@ -116,8 +114,8 @@ template <> struct Lanes<Vec> {
     const __m256i hit = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane_bit);
     return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(hit, _mm256_setzero_si256()))};
   }
-  static GOL_FN bool any(Mask m) { return _mm256_movemask_ps(m.v) != 0; }
   static GOL_FN Mask both(Mask a, Mask b) { return {_mm256_and_ps(a.v, b.v)}; }
+  static GOL_FN double front(Vec x) { return _mm256_cvtss_f32(x.v); }
   static GOL_FN double sum(Vec x) {
     const __m256d d = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x.v)),
                                     _mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1)));

@@ -48,42 +48,48 @@ GOL_FN Vec divide(Vec a, Vec b, Vec low) {
   return fma(fnma(q, low, fnma(q, b, a)), r, q);
 }
 
-// 2^(x + low) = 2^floor(x) * 2^(k/16) * P(f), x = floor(x) + k/16 + f: 2^(k/16) comes from a table in a
-// register, P has degree 3 and P(0) = 1, minimax relative error 1.3e-9.
-template <bool kLow> GOL_FN Vec exp2_sum(Vec x, Vec low) {
-  const __m512 table = _mm512_setr_ps(1.f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
-                                      1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f,
-                                      1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f);
-  constexpr int kFloorTo16ths = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC | (4 << 4);
-  Vec f(_mm512_reduce_ps(x.v, kFloorTo16ths));
-  // x - f is a multiple of 1/16; on top of 1.5 * 2^19 it stands in the last bits of the mantissa.
-  const Vec k = (x - f) + Vec(786432.0);
-  const Vec t(_mm512_permutexvar_ps(_mm512_castps_si512(k.v), table));
-  if (kLow) f = f + low;
-  Vec p = fma(Vec(0.05666989937), f, Vec(0.2401842424));
-  p = fma(p, f, Vec(0.6931476146));
-  return _mm512_scalef_ps(fma(t * f, p, t).v, x.v);
+// 2^(n + k/16 + f) = 2^n * 2^(k/16) * P(f), |f| <= 1/32: P has degree 3 and P(0) = 1, minimax relative error
+// 1.6e-9. On top of 1.5 * 2^19 the multiple of 1/16 stands in the last bits of the mantissa, the integer 16 n
+// + k; shifted to the exponent, its k is taken off again by the table of 2^(k/16), which lies in a register.
+// Below 2^-126 the result is 0; n must stay below 128.
+constexpr float kOnTop = 786432.f;
+GOL_FN Vec exp2_of_sum(Vec sixteenths_on_top, Vec f) {
+  const __m512i table = _mm512_setr_epi32(
+      0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+      0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d);
+  const __m512i bits = _mm512_castps_si512(sixteenths_on_top.v);
+  const __m512i fraction = _mm512_permutexvar_epi32(bits, table);
+  const Vec t(_mm512_castsi512_ps(_mm512_add_epi32(fraction, _mm512_slli_epi32(bits, 19))));
+  Vec p = fma(Vec(0.05550213649), f, Vec(0.240234288));
+  p = fma(p, f, Vec(0.6931471827));
+  const Mask normal = _mm512_cmp_ps_mask(sixteenths_on_top.v, _mm512_set1_ps(kOnTop - 126.f), _CMP_NLT_UQ);
+  return _mm512_maskz_fmadd_ps(normal, (t * f).v, p.v, t.v);  // NaN stays
 }
-GOL_FN Vec exp2(Vec x) { return exp2_sum<false>(x, x); }
+GOL_FN Vec exp2(Vec x) {
+  const Vec n = x + Vec(kOnTop);
+  return exp2_of_sum(n, x - (n - Vec(kOnTop)));
+}
 // e^x with x * log2(e) in two pieces: 1 ulp where exp2(x * log2(e)) would lose |x| ulp.
 GOL_FN Vec exp(Vec x) {
-  const float log2e = static_cast<float>(kLog2E);
-  const Vec high = x * Vec(kLog2E);
-  const Vec low = fma(x, Vec(kLog2E - log2e), fma(x, Vec(kLog2E), Vec(0.0) - high));
-  return exp2_sum<true>(high, low);
+  const Vec n = fma(x, Vec(kLog2E), Vec(kOnTop));
+  const Vec f = fma(x, Vec(kLog2E), Vec(kOnTop) - n);
+  return exp2_of_sum(n, fma(x, Vec(kLog2E - static_cast<float>(kLog2E)), f));
 }
 
-// log2 of a positive normal number: exponent + 2/ln2 * atanh((m - 1) / (m + 1)), m in [3/4, 3/2).
+// log2 of a positive normal number m 2^e, m in [3/4, 3/2): e + r P(r), r = m - 1, P of degree 8, minimax
+// relative error 2.7e-8. e is the exponent of 4/3 x also where that product is rounded.
 GOL_FN Vec log2(Vec x) {
-  const Vec m(_mm512_getmant_ps(x.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src));
-  const Vec e(_mm512_getexp_ps(_mm512_div_ps(x.v, m.v)));
-  const Vec s(_mm512_div_ps((m - Vec(1.0)).v, (m + Vec(1.0)).v));
-  const Vec s2 = s * s;
-  Vec p = fma(Vec(2.0 / 9 * kLog2E), s2, Vec(2.0 / 7 * kLog2E));
-  p = fma(p, s2, Vec(2.0 / 5 * kLog2E));
-  p = fma(p, s2, Vec(2.0 / 3 * kLog2E));
-  p = fma(p, s2, Vec(2.0 * kLog2E));
-  return fma(p, s, e);
+  const Vec r = Vec(_mm512_getmant_ps(x.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src)) - Vec(1.0);
+  const Vec e(_mm512_getexp_ps((x * Vec(4.0 / 3)).v));
+  Vec p = fma(Vec(0.0780667873815), r, Vec(-0.174230231916));
+  p = fma(p, r, Vec(0.216324832013));
+  p = fma(p, r, Vec(-0.242723509034));
+  p = fma(p, r, Vec(0.28819150693));
+  p = fma(p, r, Vec(-0.360575922669));
+  p = fma(p, r, Vec(0.480902080476));
+  p = fma(p, r, Vec(-0.72134847837));
+  p = fma(p, r, Vec(1.44269503244));
+  return fma(p, r, e);
 }
 
 template <class V> struct Lanes;
@@ -108,8 +114,8 @@ template <> struct Lanes<Vec> {
 
   static GOL_FN Mask first(int n) { return static_cast<Mask>((1u << n) - 1); }
   static GOL_FN Mask clear_bits(uint64_t bits) { return static_cast<Mask>(~bits); }
-  static GOL_FN bool any(Mask m) { return m != 0; }
   static GOL_FN Mask both(Mask a, Mask b) { return a & b; }
+  static GOL_FN double front(Vec x) { return _mm512_cvtss_f32(x.v); }
   static GOL_FN double sum(Vec x) {
     return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x.v)),
                                               _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1))));

@@ -1,4 +1,7 @@
+// Besides what rows.h declares: gol_kernels::scale_grad__native on the CPU.
 #include "rows.h"
+
+#include <torch/library.h>
 
 #include <cmath>
 #include <limits>
@@ -7,55 +10,35 @@ namespace gol {
 namespace cpu {
 namespace {
 
-DType dtype_of(const char* op, const at::Tensor& t) {
+DType dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kFloat: return DType::kFloat32;
     case at::kDouble: return DType::kFloat64;
     case at::kBFloat16: return DType::kBFloat16;
     case at::kHalf: return DType::kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, op, ": logits must be float32, float64, bfloat16 or float16, got ",
-                       t.scalar_type());
+    default: return DType::kFloat32;
   }
+}
+
+// Nothing is moved where both are 1, as they are after a plain loss.backward().
+void scale_grad_(const at::Tensor& grad, const at::Tensor& first, const at::Tensor& second, int64_t split) {
+  const auto scale = [](const at::Tensor& part, const at::Tensor& factor) {
+    if (factor.item<double>() != 1) part.mul_(factor);
+  };
+  scale(grad.narrow(1, 0, split), first);
+  scale(grad.narrow(1, split, grad.size(1) - split), second);
 }
 
 }  // namespace
 
-at::Tensor checked_labels(const char* op, const at::Tensor& labels, int64_t num_classes, int64_t ignore_index,
-                          bool validate) {
-  TORCH_CHECK_TYPE(labels.scalar_type() == at::kLong || labels.scalar_type() == at::kInt, op,
-                   ": labels must be int64 or int32, got ", labels.scalar_type());
-  TORCH_CHECK_VALUE(labels.dim() == 1, op, ": labels must be [N], got ", labels.sizes());
-  const at::Tensor checked = labels.to(at::kLong).contiguous();
-  if (!validate) return checked;
-  const int64_t* label = checked.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < checked.numel(); ++i) {
-    TORCH_CHECK_VALUE((label[i] >= 0 && label[i] <= num_classes) || label[i] == ignore_index, op,
-                      ": labels must lie in [0, ", num_classes, "] or be ignore_index (", ignore_index,
-                      "), got ", label[i], " in row ", i);
-  }
-  return checked;
-}
-
 Rows prepare_rows(const RowArguments& a) {
-  const DType dtype = dtype_of(a.op, a.logits);
-  TORCH_CHECK_VALUE(a.logits.dim() == 2, a.op, ": logits must be [N, K], got ", a.logits.sizes());
+  check_rows(a);
   const int64_t n = a.logits.size(0);
-  TORCH_CHECK_VALUE(a.labels.dim() == 1 && a.labels.size(0) == n, a.op, ": labels must be [", n,
-                    "] like the rows of logits, got ", a.labels.sizes());
-  TORCH_CHECK_VALUE(a.num_classes >= 0 && a.num_classes <= a.logits.size(1), a.op,
-                    ": num_classes must lie in [0, ", a.logits.size(1), "], the columns of logits, got ",
-                    a.num_classes);
   Rows rows{a.logits.stride(1) == 1 || a.logits.size(1) == 1 ? a.logits : a.logits.contiguous(),
-            checked_labels(a.op, a.labels, a.num_classes, a.ignore_index, a.validate), std::vector<double>(n),
-            dtype};
+            a.labels.to(at::kLong).contiguous(), std::vector<double>(n), std::vector<double>(n),
+            dtype_of(a.logits)};
 
   at::Tensor weights;
-  if (a.row_weights.has_value()) {
-    TORCH_CHECK_VALUE(a.row_weights->dim() == 1 && a.row_weights->size(0) == n, a.op,
-                      ": row_weights must be [", n, "], got ", a.row_weights->sizes());
-    weights = a.row_weights->to(at::kDouble).contiguous();
-  }
+  if (a.row_weights.has_value()) weights = a.row_weights->to(at::kDouble).contiguous();
   const double* weight = weights.defined() ? weights.const_data_ptr<double>() : nullptr;
   const int64_t* label = rows.labels.const_data_ptr<int64_t>();
   int64_t counted = 0;
@@ -70,6 +53,7 @@ Rows prepare_rows(const RowArguments& a) {
   for (int64_t i = 0; i < n; ++i) {
     const bool legal = label[i] >= 0 && label[i] <= a.num_classes;
     const double w = weight == nullptr ? 1.0 : weight[i];
+    rows.weight[i] = legal && label[i] != a.ignore_index ? w : 0.0;
     rows.scale[i] = label[i] == a.ignore_index ? 0.0
                     : legal                    ? w * factor
                                                : std::numeric_limits<double>::quiet_NaN();
@@ -105,6 +89,8 @@ at::Tensor empty_grad(const Rows& rows, bool compute_grad) {
   if (!compute_grad) return at::empty({0}, rows.logits.options());
   return at::empty(rows.logits.sizes(), rows.logits.options(), at::MemoryFormat::Contiguous);
 }
+
+TORCH_LIBRARY_IMPL(gol_kernels, CPU, m) { m.impl("scale_grad__native", scale_grad_); }
 
 }  // namespace cpu
 }  // namespace gol

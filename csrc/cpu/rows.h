@@ -1,38 +1,22 @@
-// What every loss does before its kernel: checks, labels, and the factor of each row.
+// What every loss does before and after its kernel: checks, the factor of each row, sums over rows.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
-#include <optional>
-#include <string>
 #include <vector>
 
+#include "../checks.h"
 #include "kernels.h"
 
 namespace gol {
 namespace cpu {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-// The arguments that all losses share, under the names of the op schemas.
-struct RowArguments {
-  const char* op;
-  const at::Tensor& logits;           // [N, K]
-  const at::Tensor& labels;           // [N] int64 or int32
-  const OptionalTensor& row_weights;  // [N]
-  const OptionalTensor& avg_factor;   // 0-d
-  int64_t num_classes;                // the largest legal label
-  int64_t ignore_index;
-  c10::string_view reduction;
-  double scale;
-  bool validate;
-};
-
 struct Rows {
-  at::Tensor logits;          // [N, K], dense in the last dimension
-  at::Tensor labels;          // [N] int64 contiguous
-  std::vector<double> scale;  // [N] weight / denominator; 0 ignored, NaN for an illegal label
+  at::Tensor logits;           // [N, K], dense in the last dimension
+  at::Tensor labels;           // [N] int64 contiguous
+  std::vector<double> scale;   // [N] weight / denominator; 0 ignored, NaN for an illegal label
+  std::vector<double> weight;  // [N] 0 ignored or illegal, 1 without row_weights
   DType dtype;
 };
 
@@ -44,15 +28,22 @@ std::vector<double> scaled_by(const std::vector<double>& scale, const at::Tensor
 at::Tensor reduce_rows(const Rows& rows, const std::vector<double>& row_loss, c10::string_view reduction);
 // [N, K] for the gradient, or an empty tensor.
 at::Tensor empty_grad(const Rows& rows, bool compute_grad);
-// Labels of [N], int64, checked to lie in [0, num_classes] or to be ignore_index.
-at::Tensor checked_labels(const char* op, const at::Tensor& labels, int64_t num_classes, int64_t ignore_index,
-                          bool validate);
 
-// Rows in parallel: body(begin, end, scratch) with a scratch of its own for each call.
+// The same rows in float64: body(wide rows, wide gradient or null), whose result is returned.
+template <class Body> auto in_float64(const Rows& rows, at::Tensor* grad, const Body& body) {
+  const Rows wide{rows.logits.to(at::kDouble), rows.labels, rows.scale, rows.weight, DType::kFloat64};
+  at::Tensor wide_grad = empty_grad(wide, grad != nullptr);
+  auto result = body(wide, grad != nullptr ? &wide_grad : nullptr);
+  if (grad != nullptr) grad->copy_(wide_grad);
+  return result;
+}
+
+constexpr int64_t kRowGrain = 16;  // rows for a thread; one of 1204 columns takes about a microsecond
+
+// [0, count) in parallel: body(begin, end, scratch) with a scratch of its own for each call.
 template <class Scratch, class Body>
-void parallel_rows(int64_t num_rows, int64_t scratch_size, const Body& body) {
-  constexpr int64_t kGrain = 16;  // rows; a row of 1204 columns takes about a microsecond
-  at::parallel_for(0, num_rows, kGrain, [&](int64_t begin, int64_t end) {
+void parallel_ranges(int64_t count, int64_t grain, int64_t scratch_size, const Body& body) {
+  at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     constexpr size_t kLine = 64;  // bytes; scratch begins at a cache line
     std::vector<Scratch> scratch(scratch_size + kLine / sizeof(Scratch));
     const auto past = reinterpret_cast<uintptr_t>(scratch.data()) % kLine;

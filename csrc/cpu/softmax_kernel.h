@@ -10,19 +10,45 @@
 namespace gol {
 inline namespace GOL_ISA {
 
+// A long sum of vectors of positive numbers: fp32 in blocks of blocks, then double. More than some tens of
+// additions to one fp32 number would show.
+template <class V> class LongSum {
+ public:
+  GOL_FN LongSum() : sum_(0.0), blocks_(0.0), total_(0), count_(0) {}
+  GOL_FN void add(V x) {
+    sum_ = sum_ + x;
+    if (++count_ % kBlock == 0) flush();
+  }
+  GOL_FN double total() { return total_ + Lanes<V>::sum(blocks_ + sum_); }
+
+ private:
+  static constexpr unsigned kBlock = 16;
+  GOL_FN void flush() {
+    blocks_ = blocks_ + sum_;
+    sum_ = V(0.0);
+    if (count_ % (kBlock * kBlock) != 0) return;
+    total_ += Lanes<V>::sum(blocks_);
+    blocks_ = V(0.0);
+  }
+  V sum_, blocks_;
+  double total_;
+  unsigned count_;
+};
+
 template <class T> struct SoftmaxRow {
   using V = RowNumber<T>;
   using Number = std::conditional_t<std::is_same_v<T, double>, double, float>;
   const cpu::SoftmaxArgs& args;
   const T* z;
-  T* grad;  // may be null
+  const T* next_z;  // the row after this one
+  T* grad;          // may be null
   int64_t label;
   int64_t head;  // columns before the aligned vectors of grad (else of z), and of exps
-  Number* exps;  // [num_softmax]: the weighted exponential of each column, 0 for the label; scratch follows
-  double row_max = 0, x_label = 0;
+  Number* exps;  // [num_softmax]: the weighted exponential of each column, 0 for the label
+  double row_max, distance_label, exp_label;
 
-  GOL_FN SoftmaxRow(const cpu::SoftmaxArgs& a, int64_t row, T* row_grad, double* scratch)
-      : args(a), z(static_cast<const T*>(a.logits) + row * a.row_stride), grad(row_grad),
+  GOL_FN SoftmaxRow(const cpu::SoftmaxArgs& a, int64_t row, const T* next, T* row_grad, double* scratch)
+      : args(a), z(static_cast<const T*>(a.logits) + row * a.row_stride), next_z(next), grad(row_grad),
         label(a.labels[row]), head(grad != nullptr ? to_alignment<V>(grad) : to_alignment<V>(z)),
         exps(reinterpret_cast<Number*>(scratch) + (Lanes<V>::width - head) % Lanes<V>::width) {
     V m(-std::numeric_limits<double>::infinity());
@@ -30,78 +56,88 @@ template <class T> struct SoftmaxRow {
     for_vectors<V>(head, a.num_softmax,
                    [&](int64_t j, auto n) { m = vmax(keep_lanes(n, load_lanes<V>(z + j, n), lowest), m); });
     row_max = static_cast<double>(Lanes<V>::max(m));
-    x_label = (first_element<V>(z + label) - row_max) * kLog2E;
+    distance_label = first_element<V>(z + label) - row_max;
+    exp_label = std::exp(distance_label);
   }
 
-  template <class N> GOL_FN V x(int64_t j, N n) const {
-    return (load_lanes<V>(z + j, n) - V(row_max)) * V(kLog2E);
-  }
-
-  // Writes weight(j, n) to exps, 0 for the label, and returns the sum.
-  template <class Weight> GOL_FN double sum_others(const Weight& weight) {
-    constexpr int kBlock = 16;  // vectors; more fp32 additions in a row would show
-    double total = 0;
-    V sum(0.0);
-    int pending = 0;
+  // Writes weight(j, n) to exps and returns the sum. The lambdas of the loops capture copies: what they would
+  // reach through a reference is loaded again for every vector.
+  template <class Weight> GOL_FN double sum_of(const Weight& weight) {
+    LongSum<V> sum;
     for_vectors<V>(head, args.num_softmax, [&](int64_t j, auto n) {
-      V e = weight(j, n);
+      const V e = weight(j, n);
+      store_lanes(exps + j, n, e);
+      sum.add(keep_lanes(n, e, V(0.0)));
+    });
+    return sum.total();
+  }
+
+  // The sum over all columns but the label's of weight(j, n, exponential). Arithmetic bounds this pass:
+  // meanwhile the next row is fetched, for which its first pass would wait.
+  template <class Weight> GOL_FN double exponentials(const Weight& weight) {
+    const V highest(row_max);
+    return sum_of([=](int64_t j, auto n) {
+      __builtin_prefetch(next_z + j);
+      V e = weight(j, n, exp(load_lanes<V>(z + j, n) - highest));
       if (label >= j && label < j + n)
         e = select(Lanes<V>::clear_bits(uint64_t{1} << (label - j)), e, V(0.0));
-      store_lanes(exps + j, n, e);
-      sum = sum + keep_lanes(n, e, V(0.0));
-      if (++pending == kBlock) {
-        total += Lanes<V>::sum(sum);
-        sum = V(0.0);
-        pending = 0;
-      }
+      return e;
     });
-    return total + Lanes<V>::sum(sum);
   }
 
   GOL_FN double plain() {
-    return sum_others([&](int64_t j, auto n) { return exp2(x(j, n)); });
+    return exponentials([](int64_t, auto, V e) { return e; });
+  }
+
+  // Of softmax(z + log prior): the label's exponential is multiplied as well.
+  GOL_FN double with_prior() {
+    const auto* prior = static_cast<const Number*>(args.prior);
+    const double prior_label = static_cast<double>(prior[label]);
+    exp_label *= prior_label;
+    distance_label += std::log(prior_label);
+    return exponentials([=](int64_t j, auto n, V e) { return e * load_lanes<V>(prior + j, n); });
+  }
+
+  // plain() with every exponential multiplied by compensation(j, n, exponential) and the mitigation factor.
+  template <class Compensation>
+  GOL_FN double reweighted(const SeesawRow<V>& factors, const Compensation& compensation) {
+    const auto* power = static_cast<const Number*>(args.power);
+    return sum_of([=](int64_t j, auto n) {
+      const V e = load_lanes<V>(exps + j, n);
+      return e * factors.mitigation(load_lanes<V>(power + j, n)) * compensation(j, n, e);
+    });
   }
 
   GOL_FN double seesaw() {
-    const double log2_sum = std::log2(plain() + std::exp2(x_label));
-    const double threshold = std::fmax(x_label, log2_sum + args.log2_eps);
-    const auto* power = static_cast<const Number*>(args.power);
-    const SeesawRow<V> factors(static_cast<double>(power[label]), args.q, threshold);
-    const V limit(std::exp2(threshold));
-    // At most 1/eps classes of a row score above the limit: few vectors need the second exponential. They
-    // are listed without a branch, which would be mispredicted for most of them.
-    auto* above = reinterpret_cast<int32_t*>(exps + args.num_softmax);
-    int64_t num_above = 0;
-    double total = sum_others([&](int64_t j, auto n) {
-      const V plain_exp = load_lanes<V>(exps + j, n);
-      above[num_above] = static_cast<int32_t>(j);
-      num_above += Lanes<V>::any(less(limit, plain_exp));
-      return plain_exp * factors.mitigation(load_lanes<V>(power + j, n));
-    });
-    for (int64_t i = 0; i < num_above; ++i) {
-      const int64_t j = above[i];
-      const int64_t end = j < head ? head : j + Lanes<V>::width;
-      const int n = static_cast<int>((end < args.num_softmax ? end : args.num_softmax) - j);
-      const V mitigated = load_lanes<V>(exps + j, n);
-      const V e = mitigated * factors.compensation(x(j, n));
-      store_lanes(exps + j, n, e);
-      total += Lanes<V>::sum(keep_lanes(n, e - mitigated, V(0.0)));
+    // max(s_y, eps), as the scores stand in exps: not yet divided by their sum
+    const double limit = std::fmax(exp_label, (plain() + exp_label) * args.eps);
+    const double power_label = static_cast<double>(static_cast<const Number*>(args.power)[label]);
+    if (args.q == 2) {  // the paper's: a square needs no second exponential
+      const V inverse_limit(1.0 / limit);
+      return reweighted(SeesawRow<V>(power_label, args.q, 0.0), [=](int64_t, auto, V e) {
+        const V ratio = vmax(e * inverse_limit, V(1.0));
+        return ratio * ratio;
+      });
     }
-    return total;
+    const SeesawRow<V> factors(power_label, args.q, std::log2(limit));
+    const V highest(row_max);
+    return reweighted(factors, [=](int64_t j, auto n, V) {
+      return factors.compensation((load_lanes<V>(z + j, n) - highest) * V(kLog2E));
+    });
   }
 
   // loss = log(1 + rest / e_y), and for the label the gradient -rest / (rest + e_y): neither
   // cancels when the label's probability is close to 1.
   template <bool kGrad> GOL_FN double finish(double rest, double scale) const {
-    const double at_label = std::exp2(x_label);
-    const double ratio = scale / (rest + at_label);
+    const double ratio = scale / (rest + exp_label);
     if (kGrad) {
-      for_vectors<V>(head, args.num_softmax, [&](int64_t j, auto n) {
-        store_lanes(grad + j, n, load_lanes<V>(exps + j, n) * V(ratio));
+      const V factor(ratio);
+      for_vectors<V>(head, args.num_softmax, [=](int64_t j, auto n) {
+        store_lanes(grad + j, n, load_lanes<V>(exps + j, n) * factor);
       });
       Lanes<V>::store(grad + label, 1, V(-rest * ratio));
     }
-    return at_label > 0 ? std::log1p(rest / at_label) : std::log(rest) - x_label * kLn2;
+    return exp_label > 0 ? std::log1p(rest / exp_label) : std::log(rest) - distance_label;
   }
 };
 
@@ -138,8 +174,11 @@ void softmax_rows(const cpu::SoftmaxArgs& a, int64_t begin, int64_t end, double*
       a.row_loss[row] = value;
       fill<kGrad>(grad, a.num_softmax, value);
     } else {
-      SoftmaxRow<T> softmax(a, row, grad, scratch);
-      const double rest = a.power == nullptr ? softmax.plain() : softmax.seesaw();
+      const T* next_z = row + 1 < end ? z + a.row_stride : z;
+      SoftmaxRow<T> softmax(a, row, next_z, grad, scratch);
+      const double rest = a.power != nullptr   ? softmax.seesaw()
+                          : a.prior != nullptr ? softmax.with_prior()
+                                               : softmax.plain();
       a.row_loss[row] = softmax.template finish<kGrad>(rest, scale);
     }
     if (!has_objectness) continue;

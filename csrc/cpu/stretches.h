@@ -38,7 +38,7 @@ template <class V> GOL_FN V keep_lanes(int n, V v, V otherwise) {
 }
 
 template <class V, class T> GOL_FN double first_element(const T* p) {
-  return Lanes<V>::sum(Lanes<V>::load(p, 1));  // the other lanes are zero
+  return Lanes<V>::front(Lanes<V>::load(p, 1));
 }
 
 template <bool kGrad, class T> GOL_FN void fill(T* grad, int64_t count, double value) {

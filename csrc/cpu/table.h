@@ -19,12 +19,16 @@ template <class Body> void for_dtype(cpu::DType dtype, const Body& body) {
   }
 }
 
+template <class V, class Number>
+void bernoulli_of(const cpu::BernoulliArgs& a, int64_t begin, int64_t end, uint64_t* scratch) {
+  const bool gradient = a.grad != nullptr || a.row_weight != nullptr;
+  if (gradient) bernoulli_for_link<V, Number, true>(a, begin, end, scratch);
+  else bernoulli_for_link<V, Number, false>(a, begin, end, scratch);
+}
+
 inline void bernoulli(const cpu::BernoulliArgs& a, int64_t begin, int64_t end, uint64_t* scratch) {
-  for_dtype(a.dtype, [&](auto* storage) {
-    using T = std::remove_pointer_t<decltype(storage)>;
-    if (a.grad == nullptr) bernoulli_for_link<false, T>(a, begin, end, scratch);
-    else bernoulli_for_link<true, T>(a, begin, end, scratch);
-  });
+  if (a.dtype != cpu::DType::kFloat64) return bernoulli_of<RowNumber<float>, float>(a, begin, end, scratch);
+  if constexpr (kHasFloat64) bernoulli_of<double, double>(a, begin, end, scratch);
 }
 
 inline void softmax(const cpu::SoftmaxArgs& a, int64_t begin, int64_t end, double* scratch) {

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from detector.config import Config
+from detector.engine.capture import BATCHES
 from detector.engine.distributed import Process
 from gol_kernels import info
 
@@ -32,6 +33,7 @@ FILES = {
     f"{BAD_LOSS}/step_*": "a step with a broken loss: the processes' batches, and the checkpoint before it",
     RESULTS: "the detections on the validation images, in the format of LVIS results",
     METRICS: "the metrics of the last evaluation, with the AP of every class",
+    f"{BATCHES}/*.pt": "what the classification loss received in chosen steps, for the benches",
     "plots/*.png": "losses, learning rate and AP, drawn from log.jsonl",
     PREDICTIONS: "predictions beside the truth on some validation images",
 }

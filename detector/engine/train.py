@@ -25,6 +25,7 @@ from detector.config import Config, ConfigError, save_config, to_dict
 from detector.data.annotations import LvisAnnotations
 from detector.data.loader import build_train_loader
 from detector.engine.bad_loss import ADVICE, BadSteps, PendingLosses, is_bad
+from detector.engine.capture import capture_batches
 from detector.engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from detector.engine.distributed import Process, process_group
 from detector.engine.infer import evaluate_model
@@ -134,6 +135,15 @@ class Trainer:
             self.logger.message(note)
         if process.is_main:
             save_config(config, config.run_dir / CONFIG)
+            if config.train.capture_steps:
+                capture_batches(
+                    next(iter(self.model.roi_heads)).loss,  # the first stage's
+                    config.loss,
+                    self.classes.stats,
+                    steps=config.train.capture_steps,
+                    folder=config.run_dir,
+                    current_step=lambda: self.step + 1,
+                )
         describe(config, process, self.step)
 
     def run(self) -> None:

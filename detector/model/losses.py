@@ -1,8 +1,10 @@
-"""The classification loss of a configuration, by name."""
+"""The classification loss of a configuration, by name, and how its logits become scores."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+
+from torch import Tensor, nn
 
 import gol_kernels as gk
 from detector.config import LossConfig
@@ -18,9 +20,38 @@ _LOSSES: dict[str, Callable[[LossConfig, gk.ClassStats, int], LongTailLoss]] = {
     "gol": lambda config, stats, classes: gk.DropLoss(stats, threshold=config.threshold, link="gumbel"),
     "gol_star": lambda config, stats, classes: gk.EQLLoss(stats, threshold=config.threshold, link="gumbel"),
     "seesaw": lambda config, stats, classes: gk.SeesawLoss(classes),
+    "gumbel_seesaw": lambda config, stats, classes: gk.GumbelSeesawLoss(classes),
+    "eqlv2": lambda config, stats, classes: gk.EQLv2Loss(classes),
+    "federated": lambda config, stats, classes: gk.FederatedLoss(stats, link="sigmoid"),
+    "gumbel_federated": lambda config, stats, classes: gk.FederatedLoss(stats, link="gumbel"),
+    "acsl": lambda config, stats, classes: gk.ACSLLoss(stats, link="sigmoid"),
+    "gumbel_acsl": lambda config, stats, classes: gk.ACSLLoss(stats, link="gumbel"),
+    "balanced_softmax": lambda config, stats, classes: gk.BalancedSoftmaxLoss(stats),
+    "equilibrium": lambda config, stats, classes: gk.EquilibriumLoss(classes),
 }
 
 
 def build_loss(config: LossConfig, stats: gk.ClassStats) -> LongTailLoss:
     """The loss module `config.name` for the classes counted in `stats`."""
     return _LOSSES[config.name](config, stats, len(stats.image_count))
+
+
+class NorCal(nn.Module):
+    """Softmax scores divided by image counts to the power of gamma (Pan et al. 2021), in place of a loss's
+    activation: logits [N, C+1] -> scores [N, C]."""
+
+    image_count: Tensor
+
+    def __init__(self, image_count: Tensor, gamma: float) -> None:
+        super().__init__()
+        # of the classes, not of the training: a run that knew nothing of it can be evaluated with it
+        self.register_buffer("image_count", image_count.clone(), persistent=False)
+        self.gamma = gamma
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return gk.norcal(logits, self.image_count, self.gamma)
+
+
+def build_scores(config: LossConfig, loss: LongTailLoss, stats: gk.ClassStats) -> Callable[[Tensor], Tensor]:
+    """What turns logits [N, loss.num_logits] into class scores [N, C] when detecting."""
+    return NorCal(stats.image_count, config.norcal) if config.norcal > 0 else loss.activation

@@ -12,7 +12,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from detector.config import Config, ModelConfig
 from detector.model.backbone import build_backbone
 from detector.model.classes import ClassTable
-from detector.model.losses import build_loss
+from detector.model.losses import build_loss, build_scores
 from detector.model.postprocess import DetectionSettings
 from detector.model.predictors import BoxPredictor, MaskHead, MaskPredictor
 from detector.model.roi_heads import CASCADE, RoIHeads, Stage
@@ -62,9 +62,9 @@ class MaskRCNN(nn.Module):
     def forward(
         self, images: list[Tensor], targets: list[Target] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        if self.training and targets is None:
-            raise ValueError("MaskRCNN in training mode needs targets")
         if self.training:
+            if targets is None:
+                raise ValueError("MaskRCNN in training mode needs targets")
             targets = with_generators(targets, self.pixel_mean.device)
         batch = self._batch(images)
         features = self.backbone(batch.tensors)
@@ -123,7 +123,7 @@ def _build_roi_heads(config: Config, classes: ClassTable, channels: int, levels:
         settings=DetectionSettings(
             config.eval.score_threshold, config.eval.nms_threshold, config.eval.max_detections
         ),
-        scores=stages[0].loss.activation,
+        scores=build_scores(config.loss, stages[0].loss, classes.stats),
         interleaved=model.architecture == "htc",
     )
 

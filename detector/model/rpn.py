@@ -11,6 +11,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 from detector.config import ModelConfig
 from detector.model.matching import BETWEEN, match_boxes
+from detector.model.rois import Target
 from detector.model.sampling import draw_balanced, mean_over_ranks
 
 SMOOTH_L1_BETA = 1 / 9  # torchvision's rpn.compute_loss
@@ -36,7 +37,7 @@ class ProposalNetwork(RegionProposalNetwork):
     """torchvision's network; anchors find their objects by `match_boxes`."""
 
     def assign_targets_to_anchors(
-        self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
+        self, anchors: list[Tensor], targets: list[Target]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Per image: labels float [N], of the drawn anchors 1 (object) or 0 (background), of all others -1,
         and the objects' boxes [N, 4]."""

@@ -1,29 +1,37 @@
 """Backends: which implementation of an op runs here, and why.
 
-native     the C++ extension
+native     the C++ extension: CPU kernels, and CUDA kernels where they were built
+triton     Triton kernels, compiled when they are first called
 reference  plain PyTorch, any device, always there
 """
 
 from __future__ import annotations
 
-import functools
-
 from ..ops import BACKENDS, OPS
-from . import native, reference
+from . import native, reference, triton
 
 __all__ = ["BACKENDS", "OPS", "choose", "status"]
 
-_DEVICES = {"native": native.DEVICES, "reference": None}  # None: any device
+# Each backend's device types; None: any device.
+_DEVICES: dict[str, tuple[str, ...] | None] = {
+    "native": native.DEVICES,
+    "triton": triton.DEVICES,
+    "reference": None,
+}
+_STATUS = {
+    "native": native.unavailable(),
+    "triton": triton.unavailable(),
+    "reference": reference.unavailable(),
+}
 
 
-@functools.lru_cache(maxsize=1)
 def status() -> dict[str, str | None]:
     """Each backend with None when it is usable, else the reason why it is not."""
-    return {"native": native.unavailable(), "reference": reference.unavailable()}
+    return dict(_STATUS)
 
 
 def _obstacle(backend: str, device: str) -> str | None:
-    reason = status()[backend]
+    reason = _STATUS[backend]
     if reason is not None:
         return reason
     devices = _DEVICES[backend]
@@ -32,7 +40,6 @@ def _obstacle(backend: str, device: str) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=64)
 def choose(op: str, device: str, backend: str | None = None) -> tuple[str, str]:
     """The backend that ``op`` takes on tensors of ``device``, and the reason.
 

@@ -6,7 +6,6 @@ import importlib
 import os
 from types import ModuleType
 
-DEVICES = ("cpu",)
 _extension: ModuleType | None = None
 _reason: str | None = None
 
@@ -21,6 +20,10 @@ except ModuleNotFoundError as error:
 except (ImportError, OSError, RuntimeError) as error:
     # Built against another torch, or a library is missing: the package stays usable without it.
     _reason = f"the extension gol_kernels._C does not load: {error}"
+
+
+# Device types that this build has kernels for.
+DEVICES = ("cpu", "cuda") if _extension is not None and _extension.build_info()["cuda"] else ("cpu",)
 
 
 def unavailable() -> str | None:

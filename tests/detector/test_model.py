@@ -10,11 +10,19 @@ from torch import nn
 from torch.nn import functional as F
 
 import gol_kernels as gk
+from detector.config import ConfigError
 from detector.model import build_model
 from detector.model.predictors import BoxPredictor, MaskPredictor
 from detector.model.rois import RoiSampler
 from detector.model.weights import load_start, load_weights
-from tests.detector.tiny_detector import NUM_CLASSES, picture, tiny_classes, tiny_config, two_pictures
+from tests.detector.tiny_detector import (
+    IMAGE_COUNT,
+    NUM_CLASSES,
+    picture,
+    tiny_classes,
+    tiny_config,
+    two_pictures,
+)
 
 LOSSES = {
     "softmax": (NUM_CLASSES + 1, gk.SoftmaxLoss),
@@ -25,6 +33,14 @@ LOSSES = {
     "gol": (NUM_CLASSES, gk.DropLoss),
     "gol_star": (NUM_CLASSES, gk.EQLLoss),
     "seesaw": (NUM_CLASSES + 2, gk.SeesawLoss),
+    "gumbel_seesaw": (NUM_CLASSES, gk.GumbelSeesawLoss),
+    "eqlv2": (NUM_CLASSES + 1, gk.EQLv2Loss),
+    "federated": (NUM_CLASSES + 1, gk.FederatedLoss),
+    "gumbel_federated": (NUM_CLASSES + 1, gk.FederatedLoss),
+    "acsl": (NUM_CLASSES + 1, gk.ACSLLoss),
+    "gumbel_acsl": (NUM_CLASSES + 1, gk.ACSLLoss),
+    "balanced_softmax": (NUM_CLASSES + 1, gk.BalancedSoftmaxLoss),
+    "equilibrium": (NUM_CLASSES + 1, gk.EquilibriumLoss),
 }
 
 
@@ -74,7 +90,7 @@ def test_named_loss_sizes_starts_and_scores_the_head(name):
 
 
 def test_link_and_threshold_reach_the_loss():
-    """GOL and DropLoss differ by their link alone: at logit 0, exp(-1) against 1/2."""
+    """GOL and DropLoss, as the other pairs, differ by their link alone: at logit 0, exp(-1) against 1/2."""
     scores = {
         name: float(
             build_model(tiny_config(f"loss.name={name}"), tiny_classes()).roi_heads.scores(
@@ -327,3 +343,19 @@ def test_a_run_starts_from_anothers_weights_with_a_loss_of_its_own():
     third = build_model(tiny_config("loss.name=softmax"), tiny_classes())
     load_start(third, other.state_dict(), "other.pt")
     assert torch.equal(third.rpn.head.conv[0][0].weight, other.rpn.head.conv[0][0].weight)
+
+
+def test_norcal_calibrates_the_scores_of_a_run_that_did_not_know_it():
+    """softmax(z - gamma ln N) with nothing taken from background, on a checkpoint of the plain loss."""
+    plain = build_model(tiny_config("loss.name=softmax"), tiny_classes())
+    calibrated = build_model(tiny_config("loss.name=softmax", "loss.norcal=0.7"), tiny_classes())
+    load_weights(calibrated, plain.state_dict(), "plain.pt")
+    logits = torch.randn(4, NUM_CLASSES + 1)
+    shift = torch.cat([0.7 * torch.tensor(IMAGE_COUNT).log(), torch.zeros(1)])
+    wanted = (logits - shift).softmax(dim=1)[:, :NUM_CLASSES]
+    torch.testing.assert_close(calibrated.roi_heads.scores(logits), wanted, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        plain.roi_heads.scores(logits), logits.softmax(dim=1)[:, :NUM_CLASSES], rtol=1e-6, atol=1e-7
+    )
+    with pytest.raises(ConfigError, match=r"loss\.norcal calibrates softmax scores"):
+        tiny_config("loss.name=gol", "loss.norcal=0.7")

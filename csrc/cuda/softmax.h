@@ -1,0 +1,35 @@
+// The softmax family on a GPU: what its launcher takes.
+#pragma once
+
+#include "kernels.h"
+
+namespace gol {
+namespace cuda {
+
+enum class SoftmaxReweight { kNone, kPrior, kSeesaw };
+
+struct SoftmaxArgs {
+  RowArgs rows;
+  DType dtype;
+  const void* logits;  // [N, K]: num_softmax columns of the softmax, then (object, background) or nothing
+  int64_t row_stride;
+  void* grad;       // [N, K] contiguous, or null
+  int num_columns;  // K
+  int num_softmax;  // a label from here on has no class term
+  SoftmaxReweight reweight;
+  const void* table;   // Number [num_softmax]: what is added to the logits, or Seesaw's powers (PrologueArgs)
+  double q, log2_eps;  // of Seesaw, q >= 0
+  Upstream upstream[2];  // of the classes' loss and of objectness
+  void* loss[2];         // Number: of the classes and of objectness; null: the gradient alone
+  bool reduces_loss;     // loss is one number, else [N]
+};
+
+// Overwrites all of grad and loss. Where loss is one number, the prologue went before.
+cudaError_t launch_softmax(const SoftmaxArgs&, cudaStream_t);
+
+// Of its two kernels the fast one, for rows that registers hold.
+bool fits_registers(const SoftmaxArgs&);
+cudaError_t launch_softmax_registers(const SoftmaxArgs&, cudaStream_t);
+
+}  // namespace cuda
+}  // namespace gol

@@ -1,0 +1,201 @@
+"""What is the native CPU kernels' own: their ranges, their refusals, their sums over rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gol_kernels as gk
+from gol_kernels.backends import native
+from gol_kernels.ops import overload
+from gol_kernels.reweight import inverse_sigmoid
+from tests.cases import LINKS, counts, loss_and_grad, rare_mask, relative_l2
+
+F64 = torch.float64
+LINK_OPTIONS = ("gumbel", 1.0, -4.0, 10.0, "zero_outside")
+
+
+def _bernoulli(
+    logits: Tensor,
+    labels: Tensor,
+    reweight: str,
+    *,
+    link: tuple[Any, ...] = LINK_OPTIONS,
+    tables: tuple[Tensor | None, ...] = (None, None, None),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op itself, past the checks of ``functional``."""
+    op = overload("bernoulli_loss", "native")
+    factors, rows = (0.8, 2.0, 0.01, 0.5), (logits.shape[1], -100, "mean", 1.0, True)
+    return op(logits, labels, None, None, *tables, *link, reweight, *factors, *rows, True, False)
+
+
+# --- statistics ---------------------------------------------------------------------------------
+def _class_gradients(logits: Tensor, labels: Tensor, backend: str) -> Tensor:
+    sums = torch.zeros(2, logits.shape[1], dtype=F64)
+    weights = torch.linspace(0.1, 2, len(labels))
+    gk.gumbel_loss(logits, labels, row_weights=weights, class_gradients=sums, backend=backend)
+    return sums
+
+
+@pytest.mark.parametrize("rows", [100, 5000])
+def test_class_gradients_do_not_depend_on_threads(native_backend: str, rows: int) -> None:
+    """Bit for bit, in one block of rows and in many; and they are the sums of all rows."""
+    logits, labels = torch.randn(rows, 37), torch.randint(0, 37, (rows,))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(_class_gradients(logits, labels, native_backend))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(sums, found[0]) for sums in found[1:])
+    expected = _class_gradients(logits.double(), labels, "reference")
+    torch.testing.assert_close(found[0], expected, rtol=5e-7, atol=0)
+
+
+# --- ranges -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("options", [{"p": 30.0}, {"q": 12.0}], ids=["mitigation", "compensation"])
+def test_seesaw_factors_that_float32_does_not_hold(
+    native_backend: str, link: str, options: dict[str, float]
+) -> None:
+    """(1e-5)^30 and (1e2)^12."""
+    logits, labels = torch.randn(20, 12) * 2, torch.arange(20) % 12
+    reweight = gk.Seesaw(counts(12), **options)
+    results = [
+        loss_and_grad(lambda x, b=backend: LINKS[link](x, labels, reweight=reweight, backend=b), z)
+        for backend, z in ((native_backend, logits), ("reference", logits.double()))
+    ]
+    (loss, grad), (expected_loss, expected) = results
+    torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-6, atol=0)
+    assert relative_l2(grad, expected) < 1e-6
+
+
+def test_priors_that_float32_does_not_hold(native_backend: str) -> None:
+    """e^-200 makes up for a logit of 205; a class of prior 0 does not take part."""
+    logits = torch.tensor([[0.0, 205.0, 1.0, 300.0], [1.0, 199.0, 0.0, 2.0]])
+    log_prior = torch.tensor([0.0, -200.0, -1.0, -math.inf])
+    loss, grad = loss_and_grad(
+        lambda z: gk.softmax_loss(
+            z, torch.tensor([0, 1]), log_prior=log_prior, reduction="none", backend=native_backend
+        ),
+        logits,
+    )
+    sums = 1 + math.exp(5) + 1, math.exp(1) + math.exp(-1) + math.exp(-1)
+    assert loss.tolist() == pytest.approx([math.log(sums[0]), math.log(sums[1]) + 1], rel=1e-6)
+    expected = [[1 / sums[0] - 1, math.exp(5) / sums[0], 1 / sums[0], 0]]
+    expected += [[math.exp(1) / sums[1], math.exp(-1) / sums[1] - 1, math.exp(-1) / sums[1], 0]]
+    torch.testing.assert_close(grad, torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("link", ["gumbel", "sigmoid"])
+def test_weight_0_beside_an_infinite_loss(native_backend: str, link: str) -> None:
+    """Column by column: gone, there, there with NaN, the label."""
+    logits, labels = torch.tensor([[math.inf, 0.0, math.nan, 1.0]]), torch.tensor([3])
+    table = torch.tensor([[1.0, 1, 1, 0], [0, 2, 0, 1]])
+    options = {"clip": None} if link == "gumbel" else {}
+    loss, grad = loss_and_grad(
+        lambda z: LINKS[link](z, labels, reweight=gk.ClassWeights(table), backend=native_backend, **options),
+        logits,
+    )
+    slope, value = {"gumbel": (0.581976706869, 0.458675145387), "sigmoid": (0.5, math.log(2))}[link]
+    assert loss.item() == pytest.approx(2 * value, rel=1e-6)
+    assert grad[0].tolist() == pytest.approx([0, 2 * slope, 0, 0], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_acsl_keeps_the_threshold_itself(native_backend: str, dtype: torch.dtype) -> None:
+    """z >= threshold, in the logits' own arithmetic: a float32 logit is compared with the float32 nearest."""
+    threshold = torch.tensor(inverse_sigmoid(0.7), dtype=F64).to(dtype)
+    below, above = (torch.nextafter(threshold, torch.tensor(s * math.inf, dtype=dtype)) for s in (-1, 1))
+    logits = torch.stack([below, threshold, above, torch.zeros((), dtype=dtype)])[None]
+    groups = gk.ACSL(torch.zeros(4, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8), 0.7)
+    _, grad = loss_and_grad(
+        lambda z: gk.sigmoid_loss(z, torch.tensor([2]), reweight=groups, backend=native_backend), logits
+    )
+    assert (grad != 0).tolist() == [[False, True, True, False]]
+
+
+def test_drop_loss_share_leaves_out_ignored_rows(backend: str) -> None:
+    """The one rare label is ignored: the share is 0 and background rows keep no rare class."""
+    labels = torch.tensor([0, 2, 4, 4])
+    rare = torch.tensor([True, False, False, True])
+    _, grad = loss_and_grad(
+        lambda z: gk.gumbel_loss(z, labels, reweight=gk.Drop(rare), ignore_index=0, backend=backend),
+        torch.zeros(4, 4),
+    )
+    assert (grad[2:] != 0).tolist() == [[False, True, True, False]] * 2
+
+
+# --- refusals -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("link", ["gumbel", "probit"])
+@pytest.mark.parametrize("reweight", ["weights", "federated", "acsl", "seesaw"])
+def test_released_slope_is_refused(link: str, reweight: str) -> None:
+    with pytest.raises(
+        ValueError, match="slope 'released' exists for link 'gumbel' and reweight 'none', 'eql'"
+    ):
+        _bernoulli(
+            torch.zeros(2, 3), torch.zeros(2).long(), reweight, link=(link, 1.0, -4.0, 10.0, "released")
+        )
+
+
+@pytest.mark.parametrize(
+    ("reweight", "tables", "message"),
+    [
+        ("eql", (None, None, None), r"needs class_table, a tensor of Bool \[3\]"),
+        ("eql", (torch.zeros(3), None, None), r"needs class_table, a tensor of Bool \[3\]"),
+        ("drop", (rare_mask(3), None, None), "needs rng"),
+        ("weights", (torch.ones(3), None, None), r"needs class_table, a tensor of \[2, 3\]"),
+        (
+            "acsl",
+            (torch.ones(3).byte(), torch.ones(3).byte(), None),
+            r"needs row_table, a tensor of Byte \[2\]",
+        ),
+        ("seesaw", (torch.ones(2), None, None), r"the counts of \[3\] or more"),
+        ("focal", (None, None, None), "unknown reweight 'focal'"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(
+    reweight: str, tables: tuple[Tensor | None, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        _bernoulli(torch.zeros(2, 3), torch.zeros(2).long(), reweight, tables=tables)
+
+
+@pytest.mark.parametrize(
+    ("link", "message"),
+    [
+        (("cauchit", 1.0, 0.0, 1.0, "released"), "unknown link"),
+        ((*LINK_OPTIONS[:4], "steep"), "unknown slope"),
+    ],
+)
+def test_unknown_links_are_refused(link: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _bernoulli(torch.zeros(2, 3), torch.zeros(2).long(), "none", link=link)
+
+
+# --- scale_grad_ --------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
+def test_scale_grad_in_place(dtype: torch.dtype) -> None:
+    grad = torch.ones(3, 5, dtype=dtype)
+    overload("scale_grad_", "native")(grad, torch.tensor(2.0), torch.tensor(1.0), 3)
+    assert grad.tolist() == [[2, 2, 2, 1, 1]] * 3
+    overload("scale_grad_", "native")(grad, torch.tensor(1.0), torch.tensor(-0.5), 3)
+    assert grad.tolist() == [[2, 2, 2, -0.5, -0.5]] * 3
+
+
+def test_scale_grad_by_1_writes_nothing() -> None:
+    """A multiplication would set the quiet bit of these signalling NaN."""
+    bits = torch.full((4, 6), 0x7F800001, dtype=torch.int32)
+    overload("scale_grad_", "native")(bits.view(torch.float32), torch.tensor(1.0), torch.tensor(1.0), 2)
+    assert bool((bits == 0x7F800001).all())
+    overload("scale_grad_", "native")(bits.view(torch.float32), torch.tensor(1.0), torch.tensor(2.0), 2)
+    assert (bits[0] == 0x7F800001).tolist() == [True, True, False, False, False, False]
+
+
+if native.unavailable() is not None:
+    pytestmark = pytest.mark.skip(reason="the native backend is not available")
