@@ -115,8 +115,8 @@ class Guarded:
         memory = mmap.mmap(-1, end + mmap.PAGESIZE)
         memory[offset:end] = b"\xff" * (end - offset)
         self._maps.append(memory)
-        copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-        copy = copy.view(tensor.shape).copy_(tensor)
+        rest = torch.frombuffer(memory, dtype=tensor.dtype, offset=offset)  # to the end of the guard page
+        copy = rest[: tensor.numel()].view(tensor.shape).copy_(tensor)
         libc, base = ctypes.CDLL(None), copy.data_ptr() - offset
         assert libc.mprotect(ctypes.c_void_p(base + end), mmap.PAGESIZE, 0) == 0
         assert libc.mprotect(ctypes.c_void_p(base), end, protection) == 0

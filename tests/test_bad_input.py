@@ -115,18 +115,20 @@ def test_ops_check_their_own_input() -> None:
     """The C++ ops are reachable without the functions in front of them: they must not read outside."""
     if "native" not in gk.available_backends():
         pytest.skip("the native backend is not available")
-    gumbel = ("gumbel", 1.0, -4.0, 10.0, "zero_outside", "none", 5, -100, "mean", 1.0, True, True)
+    link, factors = ("gumbel", 1.0, -4.0, 10.0, "zero_outside"), (0.0, 0.0, 1.0, 0.0)
+    options = (-100, "mean", 1.0, True, True, False)
+    gumbel = (None, None, *link, "none", *factors, 5, *options)
     op = overload("bernoulli_loss", "native")
     with pytest.raises(ValueError, match=r"labels must be \[4\]"):
-        op(Z, Y[:2], None, None, None, None, *gumbel)
+        op(Z, Y[:2], None, None, None, *gumbel)
     with pytest.raises(ValueError, match=r"row_weights must be \[4\]"):
-        op(Z, Y, torch.ones(1), None, None, None, *gumbel)
+        op(Z, Y, torch.ones(1), None, None, *gumbel)
     with pytest.raises(TypeError, match="logits must be float32"):
-        op(Z.int(), Y, None, None, None, None, *gumbel)
+        op(Z.int(), Y, None, None, None, *gumbel)
     with pytest.raises(ValueError, match="class_table"):
-        op(Z, Y, None, None, torch.ones(3), None, *gumbel[:5], "eql", *gumbel[6:])
+        op(Z, Y, None, None, torch.ones(3), None, None, *link, "eql", *factors, 5, *options)
     with pytest.raises(ValueError, match="unknown link"):
-        op(Z, Y, None, None, None, None, "logit", *gumbel[1:])
+        op(Z, Y, None, None, None, None, None, "logit", *link[1:], "none", *factors, 5, *options)
     # A label that is legal by num_classes but has no column must not be written to.
     with pytest.raises(ValueError, match="num_classes"):
-        op(Z, Y, None, None, None, None, *gumbel[:6], 9, *gumbel[7:])
+        op(Z, Y, None, None, None, None, None, *link, "none", *factors, 9, *options)
