@@ -1,0 +1,118 @@
+"""What nvcc makes of the CUDA kernels: nothing spilled, memory moved 16 bytes at a time, no more instructions
+and special functions for an element than planned. Needs nvcc and cuobjdump, no GPU.
+
+A row of the table is a tuned kernel with its plan, an instruction count and a special function count for
+each element of a common step (see tests/sass.py), which it may exceed by a fifth. The plan comes from what
+one H200 can issue while it moves the bytes of an element (float32: 62 instructions and 7.8 special functions,
+16 bits: 31 and 3.9) where the kernel is to run at the speed of memory, else from what its formula needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests import sass
+from tests.sass import LOAD, STORE, Kernel
+
+SOURCES = sorted((sass.ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURE = "sm_90"
+MARGIN = 1.2
+ELEMENTS = {"float": 4, "__nv_bfloat16": 8, "__half": 8}
+"""In a 16-byte vector."""
+PHILOX = r"IMAD\.WIDE\.U32 .*-0x2daee0ad"
+"""A multiplication of the generator."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an element may cost in the kernel of this name, for all instances that have the arguments."""
+
+    kernel: str
+    arguments: str
+    type: str
+    instructions: float
+    special: float
+    registers: int
+    via: tuple[str, ...] = ()
+
+    def is_of(self, kernel: Kernel) -> bool:
+        return f"{self.kernel}<{self.type}, {self.arguments}>" in kernel.name.replace("gol::cuda::", "")
+
+
+def _flat(
+    arguments: str, registers: int, bfloat16: tuple[float, float], float32: tuple[float, float]
+) -> list[Plan]:
+    via = (PHILOX,) if arguments.endswith(", draws") else ()
+    arguments = arguments.removesuffix(", draws")
+    return [
+        Plan("bernoulli_flat", arguments, "__nv_bfloat16", *bfloat16, registers, via),
+        Plan("bernoulli_flat", arguments, "float", *float32, registers, via),
+    ]
+
+
+GUMBEL, SIGMOID, PROBIT = "FlatGumbel<float, false, true>", "FlatSigmoid<float>", "FlatProbit<float>"
+NONE, SELECT, DRAW, WEIGHTS, SEESAW = (f"(Policy){i}" for i in range(5))
+PLANS = [
+    *_flat(f"{GUMBEL}, {NONE}, false", 48, (26, 2.4), (34, 2.5)),
+    *_flat(f"{GUMBEL}, {SELECT}, false", 64, (31, 2.4), (40, 2.5)),
+    *_flat(f"{GUMBEL}, {DRAW}, false", 64, (31, 2.4), (40, 2.5)),
+    *_flat(f"{GUMBEL}, {DRAW}, false, draws", 64, (45, 2.4), (62, 2.5)),
+    *_flat(f"{GUMBEL}, {WEIGHTS}, false", 64, (31, 3.3), (40, 3.3)),
+    *_flat(f"{GUMBEL}, {WEIGHTS}, true", 80, (34, 3.3), (42, 3.3)),
+    *_flat(f"{GUMBEL}, {SEESAW}, false", 80, (34, 3.4), (42, 3.5)),
+    *_flat(f"{SIGMOID}, {NONE}, false", 48, (31, 2.2), (38, 2.3)),
+    *_flat(f"{PROBIT}, {NONE}, false", 48, (45, 3.2), (52, 3.3)),
+]
+
+
+@pytest.fixture(scope="session")
+def kernels(pytestconfig: pytest.Config) -> list[Kernel]:
+    """All of csrc/cuda, compiled where it changed; warnings are errors."""
+    for tool in ("nvcc", "cuobjdump"):
+        if sass.find_tool(tool) is None:
+            pytest.skip(f"there is no {tool} (looked in $CUDA_HOME, $PATH, /usr/local/cuda and wheels)")
+    assert pytestconfig.cache is not None
+    folder = Path(pytestconfig.cache.mkdir("cuda_binary"))
+    headers = b"".join(path.read_bytes() for path in sorted((sass.ROOT / "csrc").rglob("*.*h")))
+
+    def compiled(source: Path) -> Path:
+        digest = hashlib.sha256(headers + source.read_bytes()).hexdigest()[:16]
+        cubin = folder / f"{source.stem}-{ARCHITECTURE}-{digest}.cubin"
+        if not cubin.exists():
+            for old in folder.glob(f"{source.stem}-{ARCHITECTURE}-*"):
+                old.unlink()
+            sass.compile_cubin(source, ARCHITECTURE, cubin)
+        return cubin
+
+    with ThreadPoolExecutor(2) as pool:
+        return [kernel for cubin in pool.map(compiled, SOURCES) for kernel in sass.read_kernels(cubin)]
+
+
+def test_nothing_is_spilled(kernels: list[Kernel]) -> None:
+    assert len(kernels) > 100
+    # Not tuned: the general kernels, whose double erfc has a stack, and rows wider than 10,240 columns, which
+    # spill some registers with 64 columns a thread.
+    tuned = [k for k in kernels if not re.search(r"_general<|Shape<\d+, 64,", k.name)]
+    spilled = {k.name: k.stack for k in tuned if k.stack > 0 or k.count(r"^(LDL|STL)")}
+    assert not spilled
+
+
+@pytest.mark.parametrize(
+    "plan", PLANS, ids=lambda p: f"{p.kernel}<{p.type}, {p.arguments}>{'-via' * len(p.via)}"
+)
+def test_plan(kernels: list[Kernel], plan: Plan) -> None:
+    (kernel,) = [k for k in kernels if plan.is_of(k)]
+    step = kernel.step(*plan.via)
+    loads, stores = (sum(bool(re.search(pattern, text)) for text in step) for pattern in (LOAD, STORE))
+    assert loads == stores
+    elements = loads * ELEMENTS[plan.type]
+    special = sum(text.startswith("MUFU") for text in step)
+    assert len(step) / elements <= MARGIN * plan.instructions
+    assert special / elements <= MARGIN * plan.special
+    assert kernel.registers <= plan.registers
