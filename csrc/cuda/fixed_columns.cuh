@@ -30,9 +30,9 @@ struct FixedColumns {
     threads = slots * phases;
     stride = rows * phases;
   }
-  // The last thread's indices must not overflow on their way past the end.
+  // Indices must not overflow on their way past the end, nor the slots be more than kMaxLossBlocks blocks.
   static bool fits(int64_t n, int64_t k, int vector) {
-    return k >= vector && k < (1 << 24) && n < (1 << 30) && n * k / vector < (1 << 30);
+    return k >= vector && k < (1 << 20) && n < (1 << 30) && n * k / vector < (1 << 30);
   }
 };
 
