@@ -123,6 +123,18 @@ template <class V> GOL_FN V one_minus_exp2_over(V x) {
 }
 GOL_FN double one_minus_exp2_over(double x) { return x > 0 ? -std::expm1(-x * kLn2) / x : kLn2; }
 
+// log2(e) 2^(rate x), for -126 <= rate x <= 126.
+template <class V> GOL_FN V exp2_times_log2e(V x, V rate) { return exp2(fma(x, rate, V(kLog2Log2E))); }
+
+// 2^-x and, to as many digits, 1 - 2^-x, for 0 <= x <= 126.
+template <class V> struct Complements {
+  V power, rest;
+};
+template <class V> GOL_FN Complements<V> complements(V x) {
+  const V power = exp2(minus(x));
+  return {power, select(less(x, V(0.5)), one_minus_exp2_over(x) * x, V(1.0) - power)};
+}
+
 // --- what a link has to say about one logit ---------------------------------------------------
 // A negative (t = 0). Its logarithm can wait: the factors of many elements are multiplied first
 // and one log2 is taken of the product.
@@ -135,8 +147,9 @@ template <class V> struct NegativeTerm {
 template <class V> struct PositiveTerm {
   V loss, slope;
 };
-// A link has, beside unit: kMaxProduct, the number of factors whose product is sure to stay normal;
-// negative(z); positive(z); probability(z); and log2_probability(z), at most 0.
+// A link has, beside unit: kMaxProduct, the number of factors whose product is sure to stay normal; kLinear,
+// whether any term has a linear part; negative(z); positive(z); probability(z); and log2_probability(z), at
+// most 0.
 
 // z held inside the clip, and the slope to report for it.
 template <class V> struct Clip {
@@ -154,6 +167,7 @@ template <class V> struct Clip {
 // p(1-p)/1e-12) times the exact slope. Positives die below z = -3.32.
 template <class V, bool kReleased> struct GumbelLink {
   static constexpr int kMaxProduct = 64;  // factors are at least 0.29: 0.29^64 = 4e-35
+  static constexpr bool kLinear = true;
   Clip<V> clip;
   V rate;
   double unit;  // ln(2) / T
@@ -210,9 +224,42 @@ template <class V, bool kReleased> struct GumbelLink {
   }
 };
 
+// The Gumbel link inside a clip so tight that neither e nor p leaves the normal numbers, as in the paper's -4
+// to 10: its powers need no care, and the factor may be all of 1 - p.
+template <class V> struct ClippedGumbelLink : GumbelLink<V, false> {
+  static constexpr int kMaxProduct = 8;  // factors are at least exp(-10.9), their product exp(-87.2) > 2^-126
+  static constexpr bool kLinear = false;
+  using GumbelLink<V, false>::clip;
+  using GumbelLink<V, false>::rate;
+
+  GOL_FN explicit ClippedGumbelLink(const LinkOptions& o) : GumbelLink<V, false>(o) {}
+  static bool holds(const LinkOptions& o) {
+    return o.clip_max / o.temperature <= 10.9 && std::exp(-o.clip_min / o.temperature) * kLog2E <= 126;
+  }
+  // The slope multiplied by scale.
+  GOL_FN NegativeTerm<V> negative(V z, V scale) const {
+    const V zc = clip(z), e2 = exp2_times_log2e(zc, rate);
+    const Complements<V> p = complements(e2);
+    const V inside = quotient(p.power * e2, p.rest);
+    return {V(0.0), p.rest, inside * select(differs(z, zc), scale * clip.edge, scale)};
+  }
+  GOL_FN NegativeTerm<V> negative(V z) const { return negative(z, V(1.0)); }
+  GOL_FN V log2_probability(V z) const { return minus(exp2_times_log2e(clip(z), rate)); }
+  GOL_FN V probability(V z) const { return complements(exp2_times_log2e(clip(z), rate)).power; }
+};
+// The slope multiplied by scale, for any link.
+template <class Link, class V> GOL_FN NegativeTerm<V> scaled_negative(const Link& link, V z, V scale) {
+  const NegativeTerm<V> t = link.negative(z);
+  return {t.linear, t.factor, scale * t.slope};
+}
+template <class V> GOL_FN NegativeTerm<V> scaled_negative(const ClippedGumbelLink<V>& link, V z, V scale) {
+  return link.negative(z, scale);
+}
+
 // Sigmoid link: p = 1 / (1 + exp(-z)).  positive(z) = softplus(-z), negative(z) = softplus(z).
 template <class V> struct SigmoidLink {
   static constexpr int kMaxProduct = 64;  // factors are at least 1/2
+  static constexpr bool kLinear = true;
   double unit = 1.0;
 
   GOL_FN explicit SigmoidLink(const LinkOptions&) {}
@@ -269,6 +316,7 @@ GOL_FN double scaled_normal_tail(double a) {
 // With r = scaled_normal_tail(|z|) and g = exp(-z^2/2), the smaller of Phi(z), Phi(-z) is g r.
 template <class V> struct ProbitLink {
   static constexpr int kMaxProduct = 8;  // factors are at least 4e-5, at |z| = 1e4
+  static constexpr bool kLinear = true;
   Clip<V> clip;
   double unit = 1.0;
 

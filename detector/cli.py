@@ -107,8 +107,9 @@ def _add_train(commands: Commands) -> None:
         "train",
         _train,
         "train a detector, evaluate it, and leave everything in a run's folder",
-        epilog=f"presets: {', '.join(presets())}. "
-        "Several processes: torchrun --nproc-per-node 8 -m detector train ...",
+        epilog=f"presets: {', '.join(presets())}; and one for each row of the papers' tables, such as "
+        "gol/gumbel_r50_1x_random, listed in detector/configs/README.md. All keys with their defaults: "
+        "detector/config.py. Several processes: torchrun --nproc-per-node 8 -m detector train ...",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", metavar="NAME", help="a preset or a YAML file")
@@ -116,6 +117,11 @@ def _add_train(commands: Commands) -> None:
         "--resume", metavar="RUN", type=Path, help="continue the run in this folder where it stopped"
     )
     parser.add_argument("--output", metavar="RUN", type=Path, help="the run's folder (default: runs/<name>)")
+    parser.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="of the backbone: imagenet, another of torchvision's names, none, or a file (model.weights)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is in the folder")
     parser.add_argument("overrides", nargs="*", metavar=OVERRIDES, help=OVERRIDE_HELP)
 
@@ -124,9 +130,9 @@ def _train(options: argparse.Namespace) -> int:
     from detector.engine.train import train
 
     if options.resume:
-        if options.output or options.overwrite:
+        if options.output or options.overwrite or options.weights:
             raise ConfigError(
-                "--resume continues in its own folder: it takes neither --output nor --overwrite"
+                "--resume continues a run in its own folder: it takes no --output, --overwrite or --weights"
             )
         if not (options.resume / "config.yaml").is_file():
             raise ConfigError(f"{options.resume} holds no run: there is no {options.resume / 'config.yaml'}")
@@ -136,6 +142,8 @@ def _train(options: argparse.Namespace) -> int:
         config = load_config(options.config, options.overrides)
         if options.output:
             config = replace(config, output=str(options.output))
+        if options.weights:
+            config = replace(config, model=replace(config.model, weights=options.weights))
         train(config, overwrite=options.overwrite)
     return 0
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from .functional import label_counts
 
 SYNC = ("global", "local")
+COUNTED = ("categories", "annotations", "id", "category_id", "image_id")
+"""Keys of a COCO file that counting needs."""
 
 
 class ClassStats(nn.Module):
@@ -96,19 +98,26 @@ class ClassStats(nn.Module):
         Raises: ValueError for a file without the needed keys or with an unknown category, by annotation id.
         """
         with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+            content = json.load(file, object_hook=_without_shapes)
         try:
             class_of = {c: i for i, c in enumerate(sorted(c["id"] for c in content["categories"]))}
-            annotations = content["annotations"]
-        except (KeyError, TypeError) as error:
+            annotations = list(content["annotations"])
+        except KeyError as error:
             raise ValueError(f"{path}: not a COCO or LVIS annotation file, it lacks {error}") from error
+        except TypeError as error:
+            raise ValueError(
+                f"{path}: not a COCO or LVIS annotation file, expected an object with the lists categories "
+                f"and annotations: {error}"
+            ) from error
         instances = [0] * len(class_of)
         images: list[set[int]] = [set() for _ in class_of]
-        for annotation in annotations:
+        for number, annotation in enumerate(annotations):
+            if not isinstance(annotation, dict):
+                raise ValueError(f"{path}: annotations[{number}] is no object, got {annotation!r}")
             try:
                 index = class_of[annotation["category_id"]]
                 images[index].add(annotation["image_id"])
-            except KeyError as error:
+            except (KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}: annotation {annotation.get('id')} lacks or does not know {error}"
                 ) from error
@@ -203,3 +212,8 @@ class ClassStats(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, sync={self.sync!r}"
+
+
+def _without_shapes(item: dict[str, object]) -> dict[str, object]:
+    """For json.load: polygons, nearly all of a file, go as soon as they are parsed and not at the end."""
+    return {key: item[key] for key in COUNTED if key in item}

@@ -157,11 +157,30 @@ def test_stats_of_a_coco_file(tmp_path) -> None:
     assert stats.rare(0.5).tolist() == [True, False, True]
 
 
-def test_stats_of_a_bad_file(tmp_path) -> None:
-    with pytest.raises(ValueError, match="annotation 9 lacks or does not know 99"):
-        gk.ClassStats.from_coco_json(
-            _coco(tmp_path, annotations=[{"id": 9, "image_id": 5, "category_id": 99}])
-        )
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"annotations": [{"id": 9, "image_id": 5, "category_id": 99}]},
+            "annotation 9 lacks or does not know 99",
+        ),
+        (
+            {"annotations": [{"id": 9, "image_id": 5, "category_id": [3]}]},
+            "annotation 9 lacks or does not know",
+        ),
+        ({"annotations": [{"id": 9, "category_id": 3}]}, "annotation 9 lacks or does not know 'image_id'"),
+        ({"annotations": [7]}, r"annotations\[0\] is no object, got 7"),
+        ({"annotations": None}, "expected an object with the lists"),
+        ({"categories": 3}, "expected an object with the lists"),
+        ({"categories": [{"name": "cat"}]}, "lacks 'id'"),
+    ],
+)
+def test_stats_of_a_bad_file(tmp_path, changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        gk.ClassStats.from_coco_json(_coco(tmp_path, **changes))
+
+
+def test_stats_of_another_file(tmp_path) -> None:
     path = tmp_path / "list.json"
     path.write_text("[1, 2]")
     with pytest.raises(ValueError, match="not a COCO or LVIS annotation file"):

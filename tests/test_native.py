@@ -75,6 +75,37 @@ def test_seesaw_factors_that_float32_does_not_hold(
     assert relative_l2(grad, expected) < 1e-6
 
 
+@pytest.mark.parametrize("outside", ["zero", "straight_through"])
+@pytest.mark.parametrize(
+    ("clip", "temperature"),
+    [
+        ((-4.0, 10.0), 1.0),
+        ((-4.4609375, 10.890625), 1.0),  # the widest clip in which no power leaves the normal numbers
+        ((-4.484375, 10.0), 1.0),
+        ((-4.0, 10.9140625), 1.0),
+        ((-8.0, 20.0), 2.0),
+        ((-2.0, 5.0), 0.5),
+        ((-80.0, 10.0), 1.0),
+    ],
+)
+def test_gumbel_at_every_logit(
+    native_backend: str, clip: tuple[float, float], temperature: float, outside: str
+) -> None:
+    """Element by element, up to the clip's edges and beyond, where the kernels change their formulas."""
+    logits = torch.cat([torch.linspace(-9, 22, 2025), torch.tensor([*clip, 0.0])]).clamp(-9, 22).view(3, 676)
+    labels = torch.full((3,), 675)
+    options = {"clip": clip, "temperature": temperature, "outside": outside, "reduction": "none"}
+    loss, grad = loss_and_grad(lambda z: gk.gumbel_loss(z, labels, backend=native_backend, **options), logits)
+    expected_loss, expected = loss_and_grad(
+        lambda z: gk.gumbel_loss(z, labels, backend="reference", **options), logits.double()
+    )
+    torch.testing.assert_close(loss.double(), expected_loss, rtol=6e-7, atol=0)
+    # e reaches 89 before p vanishes, and what it is rounded by becomes relative to p.
+    torch.testing.assert_close(grad.double(), expected, rtol=4e-5, atol=1e-35)
+    inner = logits > -2 * temperature
+    torch.testing.assert_close(grad.double()[inner], expected[inner], rtol=2e-6, atol=0)
+
+
 def test_priors_that_float32_does_not_hold(native_backend: str) -> None:
     """e^-200 makes up for a logit of 205; a class of prior 0 does not take part."""
     logits = torch.tensor([[0.0, 205.0, 1.0, 300.0], [1.0, 199.0, 0.0, 2.0]])

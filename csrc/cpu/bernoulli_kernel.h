@@ -14,43 +14,51 @@
 namespace gol {
 inline namespace GOL_ISA {
 
-// sum of linear - log2(factor) over the terms of a row. kEvery vectors at most are added before the sum
-// goes on in double: as many factors as a product holds, and few enough fp32 additions.
-template <class V, int kEvery> class RowSum {
+// sum of linear - log2(factor) over the terms of a row. The logarithm is taken of products of kFactors, as
+// many as are sure to stay normal; kEvery vectors at most are added in fp32 before the sum goes on in double.
+template <class V, int kEvery, int kFactors, bool kLinear> class RowSum {
+  static_assert(kEvery % kFactors == 0);
+
  public:
-  GOL_FN RowSum() : linear_(0.0), product_(1.0), total_(0), pending_(0) {}
+  GOL_FN RowSum() : sum_(0.0), product_(1.0), total_(0), pending_(0) {}
   // How many vectors may be added before added().
-  GOL_FN int64_t room() const { return kEvery - pending_; }
+  GOL_FN int64_t room() const { return kFactors - pending_ % kFactors; }
   GOL_FN void add(const NegativeTerm<V>& t) {
-    linear_ = linear_ + t.linear;
+    if constexpr (kLinear) sum_ = sum_ + t.linear;
     product_ = product_ * t.factor;
   }
   GOL_FN void added(int64_t vectors) {
     pending_ += vectors;
+    if (pending_ % kFactors == 0) take_logarithm();
     if (pending_ == kEvery) flush();
   }
   GOL_FN double total() {
+    take_logarithm();
     flush();
     return total_;
   }
 
  private:
-  GOL_FN void flush() {
-    total_ += Lanes<V>::sum(linear_ - log2(product_));
-    linear_ = V(0.0);
+  GOL_FN void take_logarithm() {
+    sum_ = sum_ - log2(product_);
     product_ = V(1.0);
+  }
+  GOL_FN void flush() {
+    total_ += Lanes<V>::sum(sum_);
+    sum_ = V(0.0);
     pending_ = 0;
   }
-  V linear_, product_;
+  V sum_, product_;
   double total_;
   int64_t pending_;
 };
 
 // --- what becomes of the negatives -----------------------------------------------------------
 // kept(i, z): the lanes from column i that count, where kSelects; weigh(link, i, n, z, term): a term's weight
-// put into it. kTerms: how many may be summed in fp32, or multiplied.
+// put into it, where kWeighs: then a term is all linear. kTerms: how many may be summed in fp32, or
+// multiplied.
 template <class V> struct AllTerms {
-  static constexpr bool kSelects = false;
+  static constexpr bool kSelects = false, kWeighs = false;
   static constexpr int kTerms = 64;
   template <class Link, class N>
   GOL_FN NegativeTerm<V> weigh(const Link&, int64_t, N, V, const NegativeTerm<V>& t) const {
@@ -82,7 +90,7 @@ template <class V> GOL_FN NegativeTerm<V> weighted(V weight, const NegativeTerm<
 }
 
 template <class V, class Number> struct WeightedTerms {
-  static constexpr bool kSelects = false;
+  static constexpr bool kSelects = false, kWeighs = true;
   static constexpr int kTerms = 16;
   const Number* weight;
   GOL_FN explicit WeightedTerms(const void* table) : weight(static_cast<const Number*>(table)) {}
@@ -98,7 +106,7 @@ template <class V, class Number> struct WeightedTerms {
 
 // kSquare: q is 2, the paper's, and a square of the quotient of probabilities needs no exponential.
 template <class V, class Number, bool kSquare> struct SeesawTerms {
-  static constexpr bool kSelects = false;
+  static constexpr bool kSelects = false, kWeighs = true;
   static constexpr int kTerms = 16;
   const Number* power;
   SeesawRow<V> factors;
@@ -125,7 +133,8 @@ GOL_FN double negatives(const Link& link, const Number* z, Number* grad, int64_t
   constexpr int W = L::width;
   const std::integral_constant<int, W> full;
   const V zero(0.0);
-  RowSum<V, (Terms::kTerms < Link::kMaxProduct ? Terms::kTerms : Link::kMaxProduct)> sum;
+  constexpr int kFactors = Terms::kTerms < Link::kMaxProduct ? Terms::kTerms : Link::kMaxProduct;
+  RowSum<V, Terms::kTerms, kFactors, Terms::kWeighs || Link::kLinear> sum;
   const auto only = [&](typename L::Mask on, const NegativeTerm<V>& t) {
     return NegativeTerm<V>{select(on, t.linear, zero), select(on, t.factor, V(1.0)),
                            select(on, t.slope, zero)};
@@ -136,10 +145,10 @@ GOL_FN double negatives(const Link& link, const Number* z, Number* grad, int64_t
     if (hole >= i && hole < i + n) on = L::both(on, L::clear_bits(uint64_t{1} << (hole - i)));
     const V logits = load_lanes<V>(z + i, n);
     if constexpr (Terms::kSelects) on = L::both(on, terms.kept(i, logits));
-    const NegativeTerm<V> t = only(on, terms.weigh(link, i, n, logits, link.negative(logits)));
+    const NegativeTerm<V> t = only(on, terms.weigh(link, i, n, logits, scaled_negative(link, logits, scale)));
     sum.add(t);
     sum.added(1);
-    if (kGrad) store_lanes(grad + i, n, scale * t.slope);
+    if (kGrad) store_lanes(grad + i, n, t.slope);
   };
   // A store across two cache lines costs twice.
   const int64_t head = kGrad ? to_alignment<V>(grad) : 0;
@@ -157,10 +166,10 @@ GOL_FN double negatives(const Link& link, const Number* z, Number* grad, int64_t
     const int64_t vectors = whole < sum.room() ? whole : sum.room();
     for (const int64_t end = i + vectors * W; i < end; i += W) {
       const V logits = L::load(z + i);
-      NegativeTerm<V> t = terms.weigh(link, i, full, logits, link.negative(logits));
+      NegativeTerm<V> t = terms.weigh(link, i, full, logits, scaled_negative(link, logits, scale));
       if constexpr (Terms::kSelects) t = only(terms.kept(i, logits), t);
       sum.add(t);
-      if (kGrad) L::store(grad + i, scale * t.slope);
+      if (kGrad) L::store(grad + i, t.slope);
     }
     sum.added(vectors);
   }
@@ -285,7 +294,11 @@ template <class V> using ReleasedGumbel = GumbelLink<V, true>;
 template <class V, class Number, bool kGrad>
 void bernoulli_for_link(const cpu::BernoulliArgs& a, int64_t begin, int64_t end, uint64_t* scratch) {
   switch (a.link) {
-    case cpu::Link::kGumbel: bernoulli_rows<V, Number, kGrad, ExactGumbel>(a, begin, end, scratch); break;
+    case cpu::Link::kGumbel:
+      if (ClippedGumbelLink<V>::holds(a.link_options))
+        bernoulli_rows<V, Number, kGrad, ClippedGumbelLink>(a, begin, end, scratch);
+      else bernoulli_rows<V, Number, kGrad, ExactGumbel>(a, begin, end, scratch);
+      break;
     case cpu::Link::kGumbelReleased:
       bernoulli_rows<V, Number, kGrad, ReleasedGumbel>(a, begin, end, scratch);
       break;

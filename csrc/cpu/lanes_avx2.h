@@ -45,25 +45,58 @@ GOL_FN Vec divide(Vec a, Vec b, Vec low) {
   return fma(fnma(q, low, fnma(q, b, a)), r, q);
 }
 
-// 2^(n + k/8 + f) = 2^n * 2^(k/8) * P(f), |f| <= 1/16: P has degree 3 and P(0) = 1, minimax relative error
-// 2.5e-8. On top of 1.5 * 2^20 the multiple of 1/8 stands in the last bits of the mantissa, the integer 8 n +
-// k; shifted to the exponent, its k is taken off again by the table of 2^(k/8), which lies in a register.
-// Below 2^-126 the result is 0; n must stay below 128.
+// 2^(n + k/8 + f) = 2^n * 2^(k/8) * 2^f, |f| <= 1/16. On top of 1.5 * 2^20 the multiple of 1/8 stands in the
+// last bits of the mantissa, the integer 8 n + k; shifted to the exponent, its k is taken off again by the
+// table of 2^(k/8), which lies in a register.
 constexpr float kOnTop = 1572864.f;
-GOL_FN Vec exp2_of_sum(Vec eighths_on_top, Vec f) {
+GOL_FN __m256i looked_up(__m256i table, Vec on_top) {
+  const __m256i bits = _mm256_castps_si256(on_top.v);
+  return _mm256_permutevar8x32_epi32(table, bits);
+}
+GOL_FN Vec shifted(__m256i fraction, Vec on_top) {
+  const __m256i bits = _mm256_castps_si256(on_top.v);
+  return _mm256_castsi256_ps(_mm256_add_epi32(fraction, _mm256_slli_epi32(bits, 20)));
+}
+GOL_FN Vec power_on_top(Vec on_top) {
   const __m256i table = _mm256_setr_epi32(0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3,
                                           0x3f75672a, 0x3f7744fd, 0x3f7ac0c7);
-  const __m256i bits = _mm256_castps_si256(eighths_on_top.v);
-  const __m256i fraction = _mm256_permutevar8x32_epi32(table, bits);
-  const Vec t(_mm256_castsi256_ps(_mm256_add_epi32(fraction, _mm256_slli_epi32(bits, 20))));
-  Vec p = fma(Vec(0.05549622), f, Vec(0.24025763));
-  p = fma(p, f, Vec(0.69314721));
-  const __m256 normal = _mm256_cmp_ps(eighths_on_top.v, _mm256_set1_ps(kOnTop - 126.f), _CMP_NLT_UQ);
-  return _mm256_and_ps(normal, fma(t * f, p, t).v);  // NaN stays
+  return shifted(looked_up(table, on_top), on_top);
+}
+// 2^f = 1 + f * this: minimax relative error of the power 2.5e-8.
+GOL_FN Vec power_slope(Vec f) {
+  const Vec p = fma(Vec(0.05549622), f, Vec(0.24025763));
+  return fma(p, f, Vec(0.69314721));
+}
+// Below 2^-126 the result is 0; n must stay below 128.
+GOL_FN Vec exp2_of_sum(Vec on_top, Vec f) {
+  const Vec t = power_on_top(on_top);
+  const __m256 normal = _mm256_cmp_ps(on_top.v, _mm256_set1_ps(kOnTop - 126.f), _CMP_NLT_UQ);
+  return _mm256_and_ps(normal, fma(t * f, power_slope(f), t).v);  // NaN stays
 }
 GOL_FN Vec exp2(Vec x) {
   const Vec n = x + Vec(kOnTop);
   return exp2_of_sum(n, x - (n - Vec(kOnTop)));
+}
+// The factor log2(e) is in the table.
+GOL_FN Vec exp2_times_log2e(Vec x, Vec rate) {
+  const __m256i table = _mm256_setr_epi32(0x3fb8aa3b, 0x3fb960ea, 0x3fbb9ada, 0x3fbf7b18, 0x3fc293ee,
+                                          0x3fbe656a, 0x3fbb48bb, 0x3fb956a9);
+  const Vec n = fma(x, rate, Vec(kOnTop)), f = fma(x, rate, Vec(kOnTop) - n);
+  const Vec t = shifted(looked_up(table, n), n);
+  return fma(t * f, power_slope(f), t);
+}
+// With t = 2^(k/8) rounded to t', t = t' (1 + d), and d from a table: 2^-x = t' + t' u and 1 - 2^-x = (1 -
+// t') - t' u for u = f P(f) + d. Where digits could be lost, 1 - t' is exact. 2^f = 1 + f P(f), minimax
+// relative error of P 3.7e-9.
+GOL_FN Complements<Vec> complements(Vec x) {
+  const __m256i table = _mm256_setr_epi32(0x00000000, 0xb24e0611, 0x33092801, 0xb3051aa8, 0x329302ae,
+                                          0x31b3d0e5, 0xb27ce182, 0xb1d290be);
+  const Vec n = Vec(kOnTop) - x, f = (Vec(kOnTop) - n) - x, t = power_on_top(n);
+  Vec p = fma(Vec(0.009618129103), f, Vec(0.05550931705));
+  p = fma(p, f, Vec(0.2402265084));
+  p = fma(p, f, Vec(0.693147178));
+  const Vec u = fma(f, p, _mm256_castsi256_ps(looked_up(table, n)));
+  return {fma(t, u, t), fnma(t, u, Vec(1.0) - t)};
 }
 // e^x with x * log2(e) in two pieces: 1 ulp where exp2(x * log2(e)) would lose |x| ulp.
 GOL_FN Vec exp(Vec x) {

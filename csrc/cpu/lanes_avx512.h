@@ -48,26 +48,61 @@ GOL_FN Vec divide(Vec a, Vec b, Vec low) {
   return fma(fnma(q, low, fnma(q, b, a)), r, q);
 }
 
-// 2^(n + k/16 + f) = 2^n * 2^(k/16) * P(f), |f| <= 1/32: P has degree 3 and P(0) = 1, minimax relative error
-// 1.6e-9. On top of 1.5 * 2^19 the multiple of 1/16 stands in the last bits of the mantissa, the integer 16 n
-// + k; shifted to the exponent, its k is taken off again by the table of 2^(k/16), which lies in a register.
-// Below 2^-126 the result is 0; n must stay below 128.
+// 2^(n + k/16 + f) = 2^n * 2^(k/16) * 2^f, |f| <= 1/32. On top of 1.5 * 2^19 the multiple of 1/16 stands in
+// the last bits of the mantissa, the integer 16 n + k; shifted to the exponent, its k is taken off again by
+// the table of 2^(k/16), which lies in a register.
 constexpr float kOnTop = 786432.f;
-GOL_FN Vec exp2_of_sum(Vec sixteenths_on_top, Vec f) {
+GOL_FN __m512i looked_up(__m512i table, Vec on_top) {
+  const __m512i bits = _mm512_castps_si512(on_top.v);
+  return _mm512_permutexvar_epi32(bits, table);
+}
+GOL_FN Vec shifted(__m512i fraction, Vec on_top) {
+  const __m512i bits = _mm512_castps_si512(on_top.v);
+  return _mm512_castsi512_ps(_mm512_add_epi32(fraction, _mm512_slli_epi32(bits, 19)));
+}
+GOL_FN Vec power_on_top(Vec on_top) {
   const __m512i table = _mm512_setr_epi32(
       0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
       0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d);
-  const __m512i bits = _mm512_castps_si512(sixteenths_on_top.v);
-  const __m512i fraction = _mm512_permutexvar_epi32(bits, table);
-  const Vec t(_mm512_castsi512_ps(_mm512_add_epi32(fraction, _mm512_slli_epi32(bits, 19))));
-  Vec p = fma(Vec(0.05550213649), f, Vec(0.240234288));
-  p = fma(p, f, Vec(0.6931471827));
-  const Mask normal = _mm512_cmp_ps_mask(sixteenths_on_top.v, _mm512_set1_ps(kOnTop - 126.f), _CMP_NLT_UQ);
-  return _mm512_maskz_fmadd_ps(normal, (t * f).v, p.v, t.v);  // NaN stays
+  return shifted(looked_up(table, on_top), on_top);
+}
+// 2^f = 1 + f * this: minimax relative error of the power 1.6e-9.
+GOL_FN Vec power_slope(Vec f) {
+  const Vec p = fma(Vec(0.05550213649), f, Vec(0.240234288));
+  return fma(p, f, Vec(0.6931471827));
+}
+// Below 2^-126 the result is 0; n must stay below 128.
+GOL_FN Vec exp2_of_sum(Vec on_top, Vec f) {
+  const Vec t = power_on_top(on_top);
+  const Mask normal = _mm512_cmp_ps_mask(on_top.v, _mm512_set1_ps(kOnTop - 126.f), _CMP_NLT_UQ);
+  return _mm512_maskz_fmadd_ps(normal, (t * f).v, power_slope(f).v, t.v);  // NaN stays
 }
 GOL_FN Vec exp2(Vec x) {
   const Vec n = x + Vec(kOnTop);
   return exp2_of_sum(n, x - (n - Vec(kOnTop)));
+}
+// The factor log2(e) is in the table.
+GOL_FN Vec exp2_times_log2e(Vec x, Vec rate) {
+  const __m512i table = _mm512_setr_epi32(
+      0x3fb8aa3b, 0x3fb8d73d, 0x3fb960ea, 0x3fba4b5b, 0x3fbb9ada, 0x3fbd53e0, 0x3fbf7b18, 0x3fc21564,
+      0x3fc293ee, 0x3fc05be9, 0x3fbe656a, 0x3fbcb359, 0x3fbb48bb, 0x3fba28bc, 0x3fb956a9, 0x3fb8d5f5);
+  const Vec n = fma(x, rate, Vec(kOnTop)), f = fma(x, rate, Vec(kOnTop) - n);
+  const Vec t = shifted(looked_up(table, n), n);
+  return fma(t * f, power_slope(f), t);
+}
+// With t = 2^(k/16) rounded to t', t = t' (1 + d), and d from a table: 2^-x = t' + t' u and 1 - 2^-x = (1 -
+// t') - t' u for u = f P(f) + d. Where digits could be lost, 1 - t' is exact. 2^f = 1 + f P(f), minimax
+// relative error of P 2.3e-10.
+GOL_FN Complements<Vec> complements(Vec x) {
+  const __m512i table = _mm512_setr_epi32(
+      0x00000000, 0x3346cb6a, 0xb24e0611, 0x334b2482, 0x33092801, 0x331b85f2, 0xb3051aa8, 0xb2006c56,
+      0x329302ae, 0xb302e5a2, 0x31b3d0e5, 0x31d1daf2, 0xb27ce182, 0xb1b4b0da, 0xb1d290be, 0x31b0a147);
+  const Vec n = Vec(kOnTop) - x, f = (Vec(kOnTop) - n) - x, t = power_on_top(n);
+  Vec p = fma(Vec(0.009618129109), f, Vec(0.05550541077));
+  p = fma(p, f, Vec(0.2402265071));
+  p = fma(p, f, Vec(0.6931471804));
+  const Vec u = fma(f, p, _mm512_castsi512_ps(looked_up(table, n)));
+  return {fma(t, u, t), fnma(t, u, Vec(1.0) - t)};
 }
 // e^x with x * log2(e) in two pieces: 1 ulp where exp2(x * log2(e)) would lose |x| ulp.
 GOL_FN Vec exp(Vec x) {

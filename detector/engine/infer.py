@@ -102,7 +102,11 @@ def evaluate_model(
         return None
     merge_results([part_path(results, rank) for rank in range(process.world_size)], results)
     return run_evaluation(
-        config.data.val_file, results, backend=config.eval.backend, max_dets=config.eval.max_detections
+        config.data.val_file,
+        results,
+        backend=config.eval.backend,
+        max_dets=config.eval.max_detections,
+        groups=dict(zip(classes.category_ids, classes.frequency, strict=True)),
     )
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,12 @@ class ResultsSummary:
     may_hold_empty: bool  # some detection has no area, or no bbox that would tell
 
 
-def load_truth(path: str | os.PathLike[str], *, with_masks: bool) -> Truth:
+def load_truth(
+    path: str | os.PathLike[str], *, with_masks: bool, groups: Mapping[int, str] | None = None
+) -> Truth:
     """Reads an LVIS (or COCO) annotation file.
+
+    groups: frequency group ("r", "c", "f") by category id, for categories of which the file tells nothing.
 
     Raises:
         ValueError: the file is no annotation file or holds a record that cannot be evaluated; names it.
@@ -62,7 +66,7 @@ def load_truth(path: str | os.PathLike[str], *, with_masks: bool) -> Truth:
     dataset = {
         "images": images,
         "annotations": annotations,
-        "categories": _load_categories(categories, annotations, path, notes),
+        "categories": _load_categories(categories, annotations, groups or {}, path, notes),
     }
     return Truth(dataset, image_sizes, category_ids, tuple(notes))
 
@@ -130,22 +134,31 @@ def _prepare_annotations(annotations: Records, path: object, notes: list[str], w
     return prepared
 
 
-def _load_categories(categories: Records, annotations: Records, path: object, notes: list[str]) -> Records:
-    """Categories with their frequency group, derived where the file does not give it."""
+def _load_categories(
+    categories: Records, annotations: Records, groups: Mapping[int, str], path: object, notes: list[str]
+) -> Records:
+    """Categories with their frequency group, which is one of the training set: this file's own images tell it
+    only where nothing else does."""
     images_of: dict[int, set[int]] = defaultdict(set)
     for annotation in annotations:
         images_of[annotation["category_id"]].add(annotation["image_id"])
     prepared, derived = [], 0
     for category in categories:
         frequency = category.get("frequency")
+        if frequency is None and "image_count" in category:
+            frequency = frequency_group(category["image_count"])
         if frequency is None:
-            frequency = frequency_group(category.get("image_count", len(images_of[category["id"]])))
+            frequency = groups.get(category["id"])
+        if frequency is None:
+            frequency = frequency_group(len(images_of[category["id"]]))
             derived += 1
         elif frequency not in FREQUENCIES:
             raise ValueError(f"{path}: category {category['id']} has frequency {frequency!r}, not r, c or f")
         prepared.append({"id": category["id"], "name": category["name"], "frequency": frequency})
     if derived:
-        notes.append(f"{path}: {derived} categories without frequency, derived from their number of images")
+        notes.append(
+            f"{path}: {derived} categories without frequency, derived from their images in this file"
+        )
     return prepared
 
 

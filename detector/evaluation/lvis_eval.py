@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,16 +80,20 @@ def run_evaluation(
     iou_types: Sequence[str] = IOU_TYPES,
     backend: str = "auto",
     max_dets: int = 300,
+    groups: Mapping[int, str] | None = None,
 ) -> Evaluation:
     """Evaluates a results file against an annotation file.
 
     Args:
         annotation_file: LVIS v1 or v0.5 JSON. Without `neg_category_ids` (COCO) every image counts as
-            annotated for all classes; a missing `frequency` is derived from the class's number of images.
+            annotated for all classes.
         results_file: JSON list of {image_id, category_id, bbox [x, y, width, height], score, segmentation}.
         iou_types: "bbox" for boxes, "segm" for masks.
         backend: "hotcoco", "lvis" (the reference: slow, needs much memory), or "auto": hotcoco if installed.
         max_dets: detections kept per image, highest scores first.
+        groups: frequency group ("r", "c", "f") by category id, of the training set; used for categories to
+            which the file gives neither `frequency` nor `image_count`. Without it, the file's own images
+            are counted, and a note says so.
 
     Returns:
         For each IoU type AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AP50r, AP50c, AP50f, and with
@@ -107,7 +111,7 @@ def run_evaluation(
         raise ValueError(f"max_dets must be at least 1, got {max_dets}")
     name, compute = choose_backend(backend)
 
-    truth = load_truth(annotation_file, with_masks="segm" in iou_types)
+    truth = load_truth(annotation_file, with_masks="segm" in iou_types, groups=groups)
     results = check_results(results_file, truth, iou_types)
     curves = compute(truth.dataset, results_file, iou_types, max_dets, results)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import socket
 import threading
 import urllib.error
@@ -24,7 +23,6 @@ DOWNLOAD_TIMEOUT_S = 20.0  # the longest silence in a download that began
 ALIASES = {"imagenet": "IMAGENET1K_V1"}
 LOSS_STATE = ".loss."  # in the names of a detector's buffers
 WRAPPERS = ("state_dict", "model")  # keys under which training programs file a state dict
-UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError)
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
@@ -85,8 +83,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     """A state dict, by itself or wrapped as training programs do."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        raise ConfigError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged file may raise nearly everything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{path} cannot be read as weights: {reason}") from None
     for key in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -102,7 +101,7 @@ def _download(backbone: str, weights: Any) -> dict[str, Tensor]:
             _ask(weights.url)
         with _socket_timeout(DOWNLOAD_TIMEOUT_S):
             return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except (*UNREADABLE, HTTPException) as error:
+    except Exception as error:  # of the network, the disk or a damaged file: nearly everything
         reason = str(error) or type(error).__name__
         raise ConfigError(
             f"cannot get the ImageNet weights of {backbone} ({reason}). Without a network, place the file "

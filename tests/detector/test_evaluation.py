@@ -430,6 +430,20 @@ class TestInput:
         assert found["APr"] == pytest.approx(10 / 101, abs=1e-12)
         assert (found["APc"], found["APf"]) == pytest.approx((0.0, 0.5), abs=1e-12)
 
+    def test_missing_frequency_is_the_training_sets_where_it_is_known(self, tmp_path: Path) -> None:
+        data = truth(classes="ffff")
+        for category_id in (1, 2, 3, 4):
+            annotate(data, 0, category_id, OBJECT)
+        for category in data["categories"][:3]:
+            del category["frequency"]
+        data["categories"][2]["image_count"] = 50  # what the file says comes first
+        paths = write(tmp_path, data, [detection(0, 1, OBJECT, 0.9), detection(0, 3, OBJECT, 0.9)])
+        found = run_evaluation(*paths, groups={1: "f", 2: "r", 3: "r", 4: "r"})
+        scores = found.metrics["bbox"]
+        assert (scores["APr"], scores["APc"], scores["APf"]) == pytest.approx((0.0, 1.0, 0.5), abs=1e-12)
+        assert not any("without frequency" in note for note in found.notes)
+        assert any("without frequency" in note for note in run_evaluation(*paths).notes)
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
