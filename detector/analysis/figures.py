@@ -18,8 +18,10 @@ from detector.visualize.style import COLOURS, GROUP_COLOURS, GROUP_NAMES, new_fi
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+SCALE_ABOVE_TRUTH = 1.5
 DASHES = ((5, 2), (1, 1.5), (6, 1.5, 1, 1.5))
 
 
@@ -34,10 +36,16 @@ class MapRow:
 
 
 def location_figure(rows: Sequence[MapRow]) -> Figure:
-    """Heat maps beside each other: truth, then every run; a row has one scale of colours, its own."""
+    """Heat maps beside each other: truth, then every run. A row has one scale of colours, which ends a little
+    above the truth: a run that has found a class once would leave all else of the row in the dark."""
     runs = list(rows[0].predicted)
     figure, axes = new_figure(
-        len(rows), 1 + len(runs), width=3.0 + 2.6 * (1 + len(runs)), height=0.5 + 2.7 * len(rows)
+        len(rows),
+        1 + len(runs),
+        width=1.9 + 2.35 * (1 + len(runs)),
+        height=2.75 * len(rows),
+        sharex=True,
+        sharey=True,
     )
     for row, line in zip(rows, axes, strict=True):
         panels = [("truth\n", row.truth)]
@@ -46,18 +54,20 @@ def location_figure(rows: Sequence[MapRow]) -> Figure:
             for run, (values, divergence) in row.predicted.items()
         ]
         cells = row.truth.size
-        highest = max(np.nan_to_num(values).max() for _, values in panels) * cells
+        peaks = [np.nan_to_num(values).max() * cells for _, values in panels]
+        highest = min(max(peaks), SCALE_ABOVE_TRUTH * peaks[0] or max(peaks)) or 1.0
         for axis, (title, values) in zip(line, panels, strict=True):
-            image = axis.imshow(
-                values * cells, extent=(0, 1, 1, 0), cmap="magma", vmin=0, vmax=highest or 1.0
-            )
-            axis.set_xticks([0, 0.5, 1], ["0", "", "1"], fontsize=8)
-            axis.set_yticks([0, 0.5, 1], ["0", "", "1"], fontsize=8)
+            image = axis.imshow(values * cells, extent=(0, 1, 1, 0), cmap="magma", vmin=0, vmax=highest)
+            axis.set_xticks([0, 0.5, 1])
+            axis.set_yticks([0, 0.5, 1])
+            axis.tick_params(labelsize=8)
             axis.set_title(title, fontsize=10)
             if np.isnan(values).any():
-                axis.text(0.5, 0.5, "nothing there", ha="center", va="center", color="#555555")
+                axis.text(0.5, 0.5, "none", ha="center", va="center", color="#555555")
         line[0].set_ylabel(f"{row.title}\n{row.subtitle}", fontsize=10)
-        bar = figure.colorbar(image, ax=line, shrink=0.85, pad=0.02)
+        bar = figure.colorbar(
+            image, ax=line, shrink=0.85, pad=0.02, extend="max" if max(peaks) > highest else "neither"
+        )
         bar.set_label("density (uniform = 1)", fontsize=8)
         bar.ax.tick_params(labelsize=8)
     return figure
@@ -90,6 +100,7 @@ def norm_figure(
                 label=labels[run, stage],
             )
         axis.set_xscale("log")
+        _plain_numbers(axis.xaxis)
         axis.set_ylim(bottom=0)
         axis.set_xlabel("training images of the class")
         axis.set_ylabel("L2 norm of the class's weights")
@@ -162,6 +173,7 @@ def gradient_figure(
         for panel in (axis, below):
             plain(panel)
             panel.set_yscale("log")
+            _plain_numbers(panel.yaxis, steps=(1, 2, 3, 5))
     upper[0].set_ylabel("mean |dL/dz| of positives,\nsince the row before")
     lower[0].set_ylabel("mean |dL/dz| of positives,\nof each class over all of training")
     upper[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
@@ -178,6 +190,16 @@ def _scatter(
         )
     axis.set_xscale("log")
     axis.set_xlabel("training images of the class")
+    _plain_numbers(axis.xaxis)
+
+
+def _plain_numbers(axis: Axis, steps: Sequence[float] = (1,)) -> None:
+    """Labels such as 0.5 and 20 on a logarithmic axis, at `steps` times the powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def curve_figure(

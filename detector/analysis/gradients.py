@@ -41,7 +41,7 @@ def _ratio(sums: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.f
 def read_gradients(path: Path, num_classes: int) -> list[GradientHistory]:
     """The history of each stage; a line that a kill has cut off is passed over.
 
-    Raises ValueError, naming the file: no row, or rows of another number of classes; OSError.
+    Raises ValueError, naming the file: no row, a line that is none, or another number of classes; OSError.
     """
     rows: dict[int, dict[int, tuple[list[int], list[float]]]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -49,10 +49,14 @@ def read_gradients(path: Path, num_classes: int) -> list[GradientHistory]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        counts, sums = row["label_counts"][:-1], row["positive_gradient"]
+        try:
+            stage, step = row["stage"], row["step"]
+            counts, sums = row["label_counts"][:-1], row["positive_gradient"]
+        except (KeyError, TypeError):
+            raise ValueError(f"{path}: a line is no row of gradients: {line[:80]}") from None
         if len(counts) != num_classes or len(sums) != num_classes:
-            raise ValueError(f"{path}: step {row['step']} has {len(sums)} classes, the run has {num_classes}")
-        rows.setdefault(row["stage"], {})[row["step"]] = counts, sums
+            raise ValueError(f"{path}: step {step} has {len(sums)} classes, the run has {num_classes}")
+        rows.setdefault(stage, {})[step] = counts, sums
     if not rows:
         raise ValueError(f"{path} holds no row yet")
     return [_history(stage, rows[stage]) for stage in sorted(rows)]

@@ -142,25 +142,23 @@ def locations(
         ],
         "maps": {line.title: _maps(line) for line in (*groups, *shown)},
     }
-    table = [["", *(f"{GROUP_NAMES[g]} {kind}" for g in classes.groups for kind in ("pooled", "mean"))]]
-    table += [
-        [name, *(_cell(value) for g in classes.groups for value in (one.pooled[g], one.mean[g]))]
-        for name, one in found.items()
-    ]
+    table = [["", *(text for group in classes.groups for text in (GROUP_NAMES[group], "mean", "missed"))]]
+    for name, one in found.items():
+        values = ((_cell(one.pooled[g]), _cell(one.mean[g]), str(one.undetected[g])) for g in classes.groups)
+        table.append([name, *(cell for cells in values for cell in cells)])
+    sizes = ((classes.members(group), classes.members(group) & compared) for group in classes.groups)
     table.append(
-        [
-            "classes in it",
-            *(
-                str(int(k.sum()))
-                for g in classes.groups
-                for k in (classes.members(g), classes.members(g) & compared)
-            ),
-        ]
+        ["classes", *(cell for whole, part in sizes for cell in (str(whole.sum()), str(part.sum()), ""))]
     )
     drawn = {"locations_groups.png": figures.location_figure(groups)}
     if shown:
         drawn["locations_classes.png"] = figures.location_figure(shown)
-    text = f"object locations, {grid} x {grid} cells: KL(truth || predicted) in nats\n{align(table)}"
+    heading = (
+        f"object locations, {grid} x {grid} cells: KL(truth || predicted) in nats, of a group's pooled",
+        "objects, and as mean over those of its classes that every run has detected; missed: classes with",
+        "objects that a run has not detected",
+    )
+    text = "\n".join([*heading, align(table)])
     return Section("locations", numbers, text, drawn)
 
 

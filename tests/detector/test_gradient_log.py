@@ -153,6 +153,9 @@ def test_a_row_for_each_stage(tmp_path: Path) -> None:
     (tmp_path / GRADIENTS).write_text('{"step": 3, "sta')
     with pytest.raises(ValueError, match="holds no row yet"):
         read_gradients(tmp_path / GRADIENTS, 2)
+    (tmp_path / GRADIENTS).write_text('{"step": 3}')
+    with pytest.raises(ValueError, match="a line is no row of gradients"):
+        read_gradients(tmp_path / GRADIENTS, 2)
 
 
 def test_means() -> None:
