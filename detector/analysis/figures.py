@@ -94,7 +94,8 @@ def norm_figure(
             colour, values = COLOURS[index % len(COLOURS)], norms[stage - 1].norms[order]
             axis.plot(images, values, "o", color=colour, markersize=4, alpha=0.45, markeredgewidth=0)
             axis.plot(
-                *(moving_average(line.astype(np.float64), window) for line in (images, values)),
+                np.exp(moving_average(np.log(images), window)),
+                moving_average(values, window),
                 color=colour,
                 linewidth=2,
                 label=labels[run, stage],
@@ -140,7 +141,10 @@ def gradient_figure(
     classes: dict[int, str],
 ) -> Figure:
     """For each run (or stage of one): mean positive gradient over the steps, of the groups and of chosen
-    classes (label: name); below, that of every class over all of training against its images."""
+    classes (label: name); below, that of every class over all of training against its images. Zeros, which
+    the logarithmic axes lack, are triangles at the foot."""
+    from matplotlib.ticker import MaxNLocator
+
     names = list(histories)
     figure, (upper, lower) = new_figure(2, len(names), width=2.6 + 4.8 * len(names), height=8.2, sharey="row")
     groups = {group: np.array([name == group for name in frequency]) for group in GROUP_NAMES}
@@ -169,10 +173,11 @@ def gradient_figure(
             )
         axis.set_title(name)
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         _scatter(below, image_count, history.mean_so_far(), frequency)
         for panel in (axis, below):
             plain(panel)
-            panel.set_yscale("log")
+            panel.set_yscale("log", nonpositive="clip")
             _plain_numbers(panel.yaxis, steps=(1, 2, 3, 5))
     upper[0].set_ylabel("mean |dL/dz| of positives,\nsince the row before")
     lower[0].set_ylabel("mean |dL/dz| of positives,\nof each class over all of training")
@@ -183,11 +188,13 @@ def gradient_figure(
 def _scatter(
     axis: Axes, image_count: NDArray[np.int64], values: NDArray[np.float64], frequency: Sequence[str]
 ) -> None:
+    style = {"linestyle": "", "markersize": 4.5, "alpha": 0.7, "markeredgewidth": 0}
     for group, colour in GROUP_COLOURS.items():
-        rows = np.array([name == group for name in frequency]) & (image_count > 0)
-        axis.plot(
-            image_count[rows], values[rows], "o", color=colour, markersize=4.5, alpha=0.7, markeredgewidth=0
-        )
+        members = np.array([name == group for name in frequency]) & (image_count > 0)
+        alive, dead = members & (values > 0), members & (values == 0)  # all positives beyond the clip
+        axis.plot(image_count[alive], values[alive], marker="o", color=colour, **style)
+        at_the_foot = {"transform": axis.get_xaxis_transform(), "marker": "v", "color": colour}
+        axis.plot(image_count[dead], np.full(dead.sum(), 0.015), **at_the_foot, **style)
     axis.set_xscale("log")
     axis.set_xlabel("training images of the class")
     _plain_numbers(axis.xaxis)
