@@ -15,6 +15,7 @@ from detector.analysis import activations, figures
 from detector.analysis.classifier import pearson, spearman
 from detector.analysis.gradients import mean_of_group
 from detector.analysis.locations import (
+    Divergences,
     Maps,
     compare,
     distributions,
@@ -89,31 +90,22 @@ def locations(
         progress(f"reading {path}")
         predicted[name] = predicted_maps(annotations, path, grid)
     found, compared = compare(truth, predicted, classes.frequency, smoothing)
-
-    def row(title: str, subtitle: str, members: Any) -> figures.MapRow:
-        true, *others = (maps[members].sum(axis=0) for maps in (truth, *predicted.values()))
-        return figures.MapRow(
-            title,
-            subtitle,
-            distributions(true),
-            {
-                name: (distributions(other), float(kl_divergence(true, other, smoothing)))
-                for name, other in zip(predicted, others, strict=True)
-            },
-        )
-
     counts = annotations.instance_count
     groups = [
-        row(
+        _map_row(
             f"{GROUP_NAMES[group]}, pooled",
             f"{counts[members].sum()} objects, {members.sum()} classes",
-            members,
+            *_pooled(members, truth, predicted),
+            smoothing,
         )
         for group, members in ((group, classes.members(group)) for group in classes.groups)
     ]
     shown = [
-        row(
-            classes.names[label], f"{GROUP_NAMES[classes.frequency[label]]}, {counts[label]} objects", [label]
+        _map_row(
+            classes.names[label],
+            f"{GROUP_NAMES[classes.frequency[label]]}, {counts[label]} objects",
+            *_pooled([label], truth, predicted),
+            smoothing,
         )
         for label in classes.shown
     ]
@@ -121,35 +113,9 @@ def locations(
         "grid": grid,
         "smoothing": smoothing,
         "images": len(annotations),
-        "runs": {
-            name: {
-                "pooled": _by_group(one.pooled),
-                "mean": _by_group(one.mean),
-                "undetected_classes": {GROUP_NAMES[group]: one.undetected[group] for group in classes.groups},
-            }
-            for name, one in found.items()
-        },
-        "classes": [
-            {
-                "id": int(classes.category_ids[label]),
-                "name": classes.names[label],
-                "group": GROUP_NAMES[classes.frequency[label]],
-                "objects": int(counts[label]),
-                "in_mean": bool(compared[label]),
-                "kl": {name: _number(one.per_class[label]) for name, one in found.items()},
-            }
-            for label in range(len(classes.names))
-        ],
+        **_divergences(found, compared, classes, counts),
         "maps": {line.title: _maps(line) for line in (*groups, *shown)},
     }
-    table = [["", *(text for group in classes.groups for text in (GROUP_NAMES[group], "mean", "missed"))]]
-    for name, one in found.items():
-        values = ((_cell(one.pooled[g]), _cell(one.mean[g]), str(one.undetected[g])) for g in classes.groups)
-        table.append([name, *(cell for cells in values for cell in cells)])
-    sizes = ((classes.members(group), classes.members(group) & compared) for group in classes.groups)
-    table.append(
-        ["classes", *(cell for whole, part in sizes for cell in (str(whole.sum()), str(part.sum()), ""))]
-    )
     drawn = {"locations_groups.png": figures.location_figure(groups)}
     if shown:
         drawn["locations_classes.png"] = figures.location_figure(shown)
@@ -158,18 +124,78 @@ def locations(
         "objects, and as mean over those of its classes that every run has detected; missed: classes with",
         "objects that a run has not detected",
     )
-    text = "\n".join([*heading, align(table)])
+    text = "\n".join([*heading, align(_divergence_table(found, compared, classes))])
     return Section("locations", numbers, text, drawn)
 
 
+def _pooled(
+    labels: NDArray[np.bool_] | list[int], truth: Maps, predicted: Mapping[str, Maps]
+) -> tuple[Maps, dict[str, Maps]]:
+    """The maps [G, G] of some classes together, true and of each run."""
+    return truth[labels].sum(axis=0), {name: maps[labels].sum(axis=0) for name, maps in predicted.items()}
+
+
+def _map_row(
+    title: str, subtitle: str, truth: Maps, predicted: Mapping[str, Maps], smoothing: float
+) -> figures.MapRow:
+    panels = {
+        name: (distributions(one), float(kl_divergence(truth, one, smoothing)))
+        for name, one in predicted.items()
+    }
+    return figures.MapRow(title, subtitle, distributions(truth), panels)
+
+
 def _maps(row: figures.MapRow) -> dict[str, Any]:
-    maps: dict[str, Maps] = {"truth": row.truth} | {
-        name: values for name, (values, _) in row.predicted.items()
+    """The distributions of a row of heat maps, by rows of cells; None where there are no objects."""
+
+    def plain(values: Maps) -> list[list[float]] | None:
+        return None if np.isnan(values).any() else [_short(line) for line in values]
+
+    predicted = {name: plain(values) for name, (values, _) in row.predicted.items()}
+    return {"truth": plain(row.truth), "predicted": predicted}
+
+
+def _divergences(
+    found: Mapping[str, Divergences],
+    compared: NDArray[np.bool_],
+    classes: Classes,
+    counts: NDArray[np.int64],
+) -> dict[str, Any]:
+    runs = {
+        name: {
+            "pooled": _by_group(one.pooled),
+            "mean": _by_group(one.mean),
+            "undetected_classes": {GROUP_NAMES[group]: one.undetected[group] for group in classes.groups},
+        }
+        for name, one in found.items()
     }
-    return {
-        name: None if np.isnan(values).any() else [_short(line) for line in values]
-        for name, values in maps.items()
-    }
+    by_class = [
+        {
+            "id": int(classes.category_ids[label]),
+            "name": classes.names[label],
+            "group": GROUP_NAMES[classes.frequency[label]],
+            "objects": int(counts[label]),
+            "in_mean": bool(compared[label]),
+            "kl": {name: _number(one.per_class[label]) for name, one in found.items()},
+        }
+        for label in range(len(classes.names))
+    ]
+    return {"runs": runs, "classes": by_class}
+
+
+def _divergence_table(
+    found: Mapping[str, Divergences], compared: NDArray[np.bool_], classes: Classes
+) -> list[list[str]]:
+    """A row for each run; in the last how many classes a group has, and how many its mean is over."""
+    table = [["", *(text for group in classes.groups for text in (GROUP_NAMES[group], "mean", "missed"))]]
+    for name, one in found.items():
+        values = ((_cell(one.pooled[g]), _cell(one.mean[g]), str(one.undetected[g])) for g in classes.groups)
+        table.append([name, *(cell for cells in values for cell in cells)])
+    sizes = []
+    for group in classes.groups:
+        members = classes.members(group)
+        sizes += [str(members.sum()), str((members & compared).sum()), ""]
+    return [*table, ["classes", *sizes]]
 
 
 def weight_norms(runs: Sequence[Run]) -> Section:

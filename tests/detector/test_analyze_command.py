@@ -93,7 +93,7 @@ def test_one_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert drawn == ["bee", "ant", "dog", "cat", "fox", "eel"]  # in each group those with more objects first
     fox = found["locations"]["classes"][5]
     assert (fox["name"], fox["id"], fox["group"]) == ("fox", 20, "frequent")
-    truth, predicted = (np.array(maps["fox"][name]) for name in ("truth", "gumbel"))
+    truth, predicted = np.array(maps["fox"]["truth"]), np.array(maps["fox"]["predicted"]["gumbel"])
     assert truth.shape == (8, 8)
     assert fox["kl"]["gumbel"] == pytest.approx(float(kl_divergence(truth, predicted, 1e-3)), rel=1e-3)
 
@@ -121,6 +121,7 @@ def test_two_runs_a_file_and_the_curves(
     found = numbers(tmp_path / "out")
     locations = found["locations"]
     assert [name for name in locations["maps"] if "pooled" not in name] == ["fox", "cat"]
+    assert locations["maps"]["cat"]["predicted"]["softmax"] is None
     runs = locations["runs"]
     assert runs["same"] == runs["gumbel"]
     assert runs["softmax"]["pooled"] == {"rare": None, "common": None, "frequent": None}
