@@ -1,4 +1,4 @@
-"""The command line: python -m detector train | evaluate | predict | check-data | make-synthetic."""
+"""The command line: python -m detector train | evaluate | predict | analyze | check-data | make-synthetic."""
 
 from __future__ import annotations
 
@@ -85,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_predict(commands)
+    _add_analyze(commands)
     _add_check_data(commands)
     _add_make_synthetic(commands)
     return parser
@@ -205,6 +206,96 @@ def _predict(options: argparse.Namespace) -> int:
 
     count = predict(options.run, options.images, options.output, options.threshold)
     print(f"{count} images; pictures and predictions.json are in {options.output}")
+    return 0
+
+
+ANALYZE_TEXT = """\
+Of finished runs: where the objects of a class lie in the image, true and as
+each run predicts them, and the KL divergence between the two; the norms of
+the classifier's weights against the training images of the classes; the mean
+gradient of each class's positives over training, where
+train.gradient_interval was set. With --curves: the activations and the
+gradients of their losses, and the temperature of the Gumbel. Pictures, their
+numbers in analysis.json, and tables."""
+
+ANALYZE_EXAMPLES = """\
+examples:
+  python -m detector analyze runs/gumbel runs/softmax --output comparison
+  python -m detector analyze runs/gumbel --classes cat 12
+  python -m detector analyze --detections theirs=results.json --annotations lvis_v1_val.json
+  python -m detector analyze --curves --temperatures 0.5 1 2"""
+
+
+def _add_analyze(commands: Commands) -> None:
+    parser = _command(
+        commands,
+        "analyze",
+        _analyze,
+        "compare finished runs: object locations, weight norms, gradients, activations",
+        epilog=ANALYZE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.description = ANALYZE_TEXT
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs on the same data")
+    parser.add_argument(
+        "--detections",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="another LVIS results file to compare; may be given several times",
+    )
+    parser.add_argument(
+        "--annotations", metavar="JSON", type=Path, help="the truth (default: the runs' validation file)"
+    )
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        default=[],
+        metavar="CLASS",
+        help="names or category ids drawn one by one (default: the two of each group with the most objects)",
+    )
+    parser.add_argument(
+        "--grid", type=int, default=32, metavar="G", help="cells of a map along each axis (default: 32)"
+    )
+    parser.add_argument(
+        "--smoothing",
+        type=float,
+        default=1e-3,
+        metavar="S",
+        help="share of the uniform distribution mixed into both maps before the divergence (default: 0.001)",
+    )
+    parser.add_argument("--curves", action="store_true", help="also activations and gradients; needs no run")
+    parser.add_argument(
+        "--temperatures", nargs="+", type=float, metavar="T", help="of the Gumbel (default: 0.5 1 2 4)"
+    )
+    parser.add_argument(
+        "--output", metavar="FOLDER", type=Path, help="where all goes (default: analysis/ in the first run)"
+    )
+
+
+def _analyze(options: argparse.Namespace) -> int:
+    from detector.analysis.activations import TEMPERATURES
+    from detector.analysis.analyze import analyze
+
+    detections = {}
+    for word in options.detections:
+        name, separator, path = word.partition("=")
+        if not (name and separator and path) or name in detections:
+            raise ConfigError(f"--detections needs NAME=JSON with a name of its own, got {word!r}")
+        detections[name] = Path(path)
+    if options.temperatures and not options.curves:
+        raise ConfigError("--temperatures belongs to --curves")
+    analyze(
+        options.runs,
+        detections=detections,
+        annotations=options.annotations,
+        classes=options.classes,
+        grid=options.grid,
+        smoothing=options.smoothing,
+        curves=options.curves,
+        temperatures=options.temperatures or TEMPERATURES,
+        output=options.output,
+    )
     return 0
 
 

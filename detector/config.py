@@ -153,6 +153,7 @@ class TrainConfig:
     checkpoint_interval: int = 1000  # steps between checkpoints; one is also written at the end
     timeout: float = 30.0  # minutes that one process may let the others wait before the run ends
     init_from: str = ""  # a checkpoint whose weights start this run (not a resume)
+    gradient_interval: int = 0  # steps between rows of gradients.jsonl, for `analyze`; 0 gathers none
     capture_steps: tuple[int, ...] = ()  # steps whose classification batches are saved for the benches
 
 
@@ -234,6 +235,7 @@ def _check_values(config: Config) -> None:
         (train.log_interval > 0, "train.log_interval must be positive"),
         (train.checkpoint_interval > 0, "train.checkpoint_interval must be positive"),
         (list(train.milestones) == sorted(train.milestones), "train.milestones must ascend"),
+        (train.gradient_interval >= 0, "train.gradient_interval must not be negative"),
         (min(train.capture_steps, default=1) > 0, "train.capture_steps are counted from 1"),
         (config.eval.interval >= 0, "eval.interval must not be negative"),
         (config.eval.max_detections > 0, "eval.max_detections must be positive"),
@@ -302,7 +304,7 @@ def _find(source: str | Path, folder: Path) -> Path:
             return path
     raise ConfigError(
         f"no configuration {str(source)!r}: neither a file nor a preset"
-        f"{_nearest(str(source), presets(rows=True))}; presets: {', '.join(presets())}, and those "
+        f"{nearest(str(source), presets(rows=True))}; presets: {', '.join(presets())}, and those "
         f"in {PRESETS / 'README.md'}"
     )
 
@@ -360,7 +362,7 @@ def _build(cls: type, tree: Any, prefix: str, partial: bool = False) -> Any:
     values = {}
     for key, value in tree.items():
         if key not in hints:
-            raise ConfigError(f"unknown key {prefix}{key}{_nearest(str(key), list(hints), prefix)}")
+            raise ConfigError(f"unknown key {prefix}{key}{nearest(str(key), list(hints), prefix)}")
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             values[key] = _build(typing.cast(type, hint), value, f"{prefix}{key}.", partial)
@@ -376,7 +378,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         choices = typing.get_args(hint)
         if value not in choices:
             raise ConfigError(
-                f"{key} must be one of {', '.join(choices)}, got {value!r}{_nearest(str(value), choices)}"
+                f"{key} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}"
             )
         return value
     if origin is tuple:
@@ -399,6 +401,7 @@ def _name(hint: Any) -> str:
     return {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(hint, str(hint))
 
 
-def _nearest(word: str, known: typing.Sequence[str], prefix: str = "") -> str:
+def nearest(word: str, known: typing.Sequence[str], prefix: str = "") -> str:
+    """The end of a message: the known word that was probably meant, if one is close."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {prefix}{close[0]}?" if close else ""

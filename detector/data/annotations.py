@@ -119,6 +119,30 @@ class LvisAnnotations:
             crowd=columns.crowd[rows],
         )
 
+    def object_boxes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Every instance that is no crowd: image index int64 [M], label int64 [M], and its box float64 [M,
+        4], xyxy in shares of the image's width and height."""
+        columns = self._columns
+        rows = np.flatnonzero(~columns.crowd)
+        images = np.repeat(np.arange(len(self)), np.diff(columns.instance_offsets))[rows]
+        return images, columns.labels[rows], columns.boxes[rows] / self.box_scales()[images]
+
+    def box_scales(self) -> np.ndarray:
+        """float64 [I, 4]: (width, height, width, height) of every image."""
+        return np.tile(self._columns.sizes[:, ::-1], 2).astype(np.float64)
+
+    def judged_pairs(self) -> np.ndarray | None:
+        """Every image index * C + label, int64 ascending, where the image is known to hold the class or to be
+        free of it; None: that is known everywhere (COCO)."""
+        if self.version == "COCO":
+            return None
+        images, labels = self.image_label_pairs()
+        negatives = self._columns.negatives
+        absent = (
+            np.repeat(np.arange(len(self)), np.diff(negatives.offsets)) * self.num_classes + negatives.values
+        )
+        return np.union1d(images * self.num_classes + labels, absent)
+
     def _check_index(self, i: int) -> None:
         if not 0 <= i < len(self):
             raise IndexError(f"image index {i} does not lie in 0..{len(self) - 1}")

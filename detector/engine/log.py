@@ -48,7 +48,7 @@ class RunLogger:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / LOG
-        kept = _drop_rows_after(self.path, start_step)
+        kept = drop_rows_after(self.path, start_step)
         self.evaluated = {row["step"] for row in kept if "eval" in row}
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the logger
         self.board = SummaryWriter(str(run_dir), purge_step=start_step + 1)
@@ -120,7 +120,7 @@ class RunLogger:
         self.file.flush()
 
 
-def _drop_rows_after(path: Path, step: int) -> list[dict[str, Any]]:
+def drop_rows_after(path: Path, step: int) -> list[dict[str, Any]]:
     """Forget what an interrupted run logged after its last checkpoint; the resumed run logs it again."""
     if not path.is_file():
         return []

@@ -19,6 +19,8 @@ CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 LOG = "log.jsonl"
 METRICS = "metrics.json"
+GRADIENTS = "gradients.jsonl"
+ANALYSIS = "analysis"
 RESULTS = "results.json"
 PREDICTIONS = "predictions.png"
 BAD_LOSS = "bad_loss"
@@ -33,9 +35,11 @@ FILES = {
     f"{BAD_LOSS}/step_*": "a step with a broken loss: the processes' batches, and the checkpoint before it",
     RESULTS: "the detections on the validation images, in the format of LVIS results",
     METRICS: "the metrics of the last evaluation, with the AP of every class",
+    GRADIENTS: "by train.gradient_interval: sums of each class's positive and negative gradients so far",
     f"{BATCHES}/*.pt": "what the classification loss received in chosen steps, for the benches",
     "plots/*.png": "losses, learning rate and AP, drawn from log.jsonl",
     PREDICTIONS: "predictions beside the truth on some validation images",
+    f"{ANALYSIS}/*": "what `analyze` has found: pictures, and their numbers in analysis.json",
 }
 
 PACKAGES = ("torchvision", "numpy", "pillow", "pycocotools", "lvis", "hotcoco")
@@ -82,6 +86,7 @@ def _readme(config: Config) -> str:
             f"continue:  python -m detector train --resume {run}",
             f"judge:     python -m detector evaluate --run {run}",
             f"use:       python -m detector predict --run {run} --output drawn PHOTO.jpg",
+            f"analyze:   python -m detector analyze {run}",
             f"watch:     tensorboard --logdir {run}",
             "",
         ]

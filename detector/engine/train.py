@@ -28,6 +28,7 @@ from detector.engine.bad_loss import ADVICE, BadSteps, PendingLosses, is_bad
 from detector.engine.capture import capture_batches
 from detector.engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from detector.engine.distributed import Process, process_group
+from detector.engine.gradient_log import GradientLog
 from detector.engine.infer import evaluate_model
 from detector.engine.log import LossMeter, RunLogger
 from detector.engine.report import summary, write_report
@@ -133,6 +134,13 @@ class Trainer:
         )
         for note in notes:
             self.logger.message(note)
+        self.gradients = GradientLog(
+            config.run_dir,
+            process,
+            losses,
+            interval=config.train.gradient_interval,
+            start_step=self.step,
+        )
         if process.is_main:
             save_config(config, config.run_dir / CONFIG)
             if config.train.capture_steps:
@@ -155,6 +163,7 @@ class Trainer:
                 self._run_epoch()
                 self._evaluate_if_due()
         self._log()
+        self.gradients.write(self.step)
         self.save()
 
     def _run_epoch(self) -> None:
@@ -169,6 +178,7 @@ class Trainer:
             self.step += 1
             self.batch += 1
             self.logger.progress(self._total_steps())
+            self.gradients.after(self.step)
             saving = stopping or self.step % train.checkpoint_interval == 0
             if saving or self.step % train.log_interval == 0:
                 self._log()
@@ -304,6 +314,12 @@ class Trainer:
             raise CheckpointError(
                 f"{path} was trained on {len(state['classes']['category_ids'])} categories that are not the "
                 f"{self.classes.num_classes} of {self.config.data.train_file}"
+            )
+        interval = state["config"]["train"].get("gradient_interval", 0)
+        if (interval > 0) != (self.config.train.gradient_interval > 0):
+            raise ConfigError(
+                f"train.gradient_interval was {interval} when {path} was written: gradients are gathered "
+                f"from the first step or not at all"
             )
         load_weights(self.model, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])

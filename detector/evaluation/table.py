@@ -17,7 +17,12 @@ def format_table(metrics: Metrics, columns: Sequence[str] = COLUMNS) -> str:
         metrics: {"bbox": {...}, "segm": {...}}, fractions in 0..1.
         columns: names of the metrics to show.
     """
-    rows = _cells(metrics, columns)
+    return align(_cells(metrics, columns))
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as columns of text: a rule below the first row, all cells but a row's first to the
+    right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(

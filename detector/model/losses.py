@@ -7,8 +7,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 import gol_kernels as gk
-from detector.config import LossConfig
+from detector.config import ConfigError, LossConfig
 from gol_kernels.losses import LongTailLoss
+from gol_kernels.losses.bernoulli import BernoulliLoss
 
 # GOL = DropLoss with the Gumbel link, GOL* = EQL with it (Alexandridis et al., ECCV 2022).
 _LOSSES: dict[str, Callable[[LossConfig, gk.ClassStats, int], LongTailLoss]] = {
@@ -31,9 +32,21 @@ _LOSSES: dict[str, Callable[[LossConfig, gk.ClassStats, int], LongTailLoss]] = {
 }
 
 
-def build_loss(config: LossConfig, stats: gk.ClassStats) -> LongTailLoss:
-    """The loss module `config.name` for the classes counted in `stats`."""
-    return _LOSSES[config.name](config, stats, len(stats.image_count))
+def build_loss(config: LossConfig, stats: gk.ClassStats, *, gather_gradients: bool = False) -> LongTailLoss:
+    """The loss module `config.name` for the classes counted in `stats`.
+
+    gather_gradients: it adds up each class's gradients in its `gradient_stats`. Raises ConfigError where it
+    has none.
+    """
+    loss = _LOSSES[config.name](config, stats, stats.num_classes)
+    if gather_gradients:
+        if not isinstance(loss, BernoulliLoss):
+            raise ConfigError(
+                f"train.gradient_interval gathers the gradients of binary terms, loss.name={config.name} has "
+                f"none: set it to 0"
+            )
+        loss.gradient_stats = loss.gradient_stats or gk.ClassStats(loss.num_classes)  # EQLv2 has its own
+    return loss
 
 
 class NorCal(nn.Module):

@@ -130,7 +130,8 @@ def _build_roi_heads(config: Config, classes: ClassTable, channels: int, levels:
 
 def _build_stage(config: Config, classes: ClassTable, channels: int, number: int) -> Stage:
     model, num_classes, settings = config.model, classes.num_classes, CASCADE[number]
-    loss = build_loss(config.loss, classes.stats)
+    gather = config.train.gradient_interval > 0
+    loss = build_loss(config.loss, classes.stats, gather_gradients=gather)
     width = model.mask_head_width
     return Stage(
         settings,

@@ -12,18 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detector.evaluation.table import ROW_NAMES
+from detector.visualize.style import COLOURS, GROUP_COLOURS, GROUP_NAMES, new_figure, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which people with colour-blindness can tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-GROUPS = {
-    "AP": ("all", "#000000"),
-    "APr": ("rare", "#D55E00"),
-    "APc": ("common", "#009E73"),
-    "APf": ("frequent", "#0072B2"),
+GROUPS = {"AP": ("all", "#000000")} | {
+    f"AP{group}": (name, GROUP_COLOURS[group]) for group, name in GROUP_NAMES.items()
 }
 LOG_SCALE_RANGE = 50  # a loss whose smoothed curve spans more than this factor is drawn on a log scale
 
@@ -79,15 +75,9 @@ def plot_curves(run_dir: str | os.PathLike[str]) -> list[Path]:
 
 
 def _figure(columns: int, width: float) -> tuple[Figure, list[Axes]]:
-    """A figure of its own, outside pyplot: no global state, no display."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, 4.2), layout="constrained")
-    axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    figure, (axes,) = new_figure(1, columns, width=width, height=4.2)
     for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
+        plain(axis)
     return figure, axes
 
 

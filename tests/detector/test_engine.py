@@ -292,5 +292,5 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for command in ("train", "evaluate", "predict", "check-data", "make-synthetic"):
+    for command in ("train", "evaluate", "predict", "analyze", "check-data", "make-synthetic"):
         assert command in text

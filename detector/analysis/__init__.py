@@ -1,0 +1,2 @@
+"""Why a loss does what it does: object locations, weight norms, gradients and activations, of finished
+runs."""
