@@ -77,8 +77,6 @@ def _train(config: Config, process: Process, resume: bool, overwrite: bool) -> M
             f"replace it with --overwrite, or choose another --output"
         )
     process.wait()  # no rank may write before all have looked
-    if process.is_main and not resume:
-        clear(config.run_dir)
     trainer = Trainer(config, process, load_checkpoint(checkpoint) if resume else None)
     try:
         trainer.run()
@@ -129,6 +127,8 @@ class Trainer:
         self.meter = LossMeter(process)
         self.bad_steps = BadSteps(config.run_dir / BAD_LOSS, process, config.train.on_bad_loss)
         self.stop_signals: list[int] = []
+        if process.is_main and state is None:
+            clear(config.run_dir)  # not before all that can be refused has been accepted
         self.logger = RunLogger(
             config.run_dir, process, start_step=self.step, total_steps=self._total_steps()
         )

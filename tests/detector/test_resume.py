@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detector.config import load_config, save_config
+from detector.config import load_config, save_config, with_overrides
 from detector.engine.checkpoint import CheckpointError, load_checkpoint
 from detector.engine.run_folder import CHECKPOINT
 from detector.engine.train import Interrupted, Trainer, train
@@ -175,6 +175,11 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path, monkeypatch):
     train(config)
     with pytest.raises(ValueError, match="already holds a checkpoint: continue it with --resume"):
         train(config)
+    kept = sorted(config.run_dir.rglob("*"))
+    for refused in ("data.train=absent.json", "train.init_from=absent.pt", "train.gradient_interval=1"):
+        with pytest.raises((ValueError, OSError)):
+            train(with_overrides(config, [refused]), overwrite=True)
+        assert sorted(config.run_dir.rglob("*")) == kept
     train(config, overwrite=True)
     assert [row[0] for row in losses(config.run_dir)] == [1]
     assert len(list(config.run_dir.glob("events.*"))) == 1
