@@ -27,7 +27,11 @@ from gol_kernels import ops
 ROOT = Path(__file__).resolve().parents[1]
 EMULATION = ROOT / "tests" / "cuda_emulation"
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-BINDINGS = [*sorted((ROOT / "csrc" / "cuda").glob("*.cpp")), ROOT / "csrc" / "checks.cpp"]
+BINDINGS = [
+    *sorted((ROOT / "csrc" / "cuda").glob("*.cpp")),
+    ROOT / "csrc" / "checks.cpp",
+    EMULATION / "library.cpp",
+]
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
 FLAGS = [
@@ -51,8 +55,6 @@ def _run(*command: str | Path) -> None:
 def _compile(source: Path, folder: Path) -> Path:
     assert COMPILER is not None
     flags = KERNEL_FLAGS if source.suffix == ".cu" else ["-O0"]
-    if "TORCH_LIBRARY_IMPL" in source.read_text():
-        flags = [*flags, "-include", str(EMULATION / "library.h")]
     target = folder / f"{source.name}.o"
     _run(COMPILER, *FLAGS, *flags, "-x", "c++", "-c", source, "-o", target)
     return target
@@ -102,8 +104,7 @@ def emulated(pytestconfig: pytest.Config) -> Any:
 
 
 class Guarded:
-    """Tensors on the alignment of a vector; what follows in the last vector is NaN, and what follows must
-    not be touched."""
+    """Tensors aligned as vectors. The rest of the last vector is NaN; what follows it must not be touched."""
 
     def __init__(self) -> None:
         self._maps: list[mmap.mmap] = []
