@@ -7,14 +7,16 @@
 # that fails or runs out of time does not stop the others. All that is worth keeping is left in OUT (default: $OUT, else
 # gpu_check/), as it comes, with a summary in OUT/summary.txt. The exit status is that of the worst stage.
 #
-# Where a command must not take ten minutes, as the limits of all stages together would, in three parts. Each adds to
-# OUT's summary; a checkout that was built before is built in seconds. The bench's rows come in the order of their
-# weight: every loss at N = 65536, 8192 and 512, then torch.compile; what the second bench skips, the first measured.
+# The limits of all stages together are longer. Where a command may take ten minutes at most, in four, the most
+# important first; they add to OUT's summary and rows, and build in seconds what is built already. The first bench goes
+# through every loss at N = 65536, 8192 and 512 and K = 1204, then again with torch.compile; the second through other
+# widths.
 #
 #     bench/gpu_check.sh --stages build,tests OUT
 #     bench/gpu_check.sh --stages build,sanitizers OUT
-#     BENCH_S=480 bench/gpu_check.sh --stages build,bench OUT
-#     BENCH_S=480 BENCH_ARGS="--profile full --columns 1203 1205 8192 21841 --eager" bench/gpu_check.sh --stages build,bench OUT
+#     BENCH_S=360 bench/gpu_check.sh --stages build,bench OUT
+#     export BENCH_ARGS="--profile full --columns 1203 1205 8192 21841 --dtypes float32 bfloat16 --eager"
+#     BENCH_S=360 bench/gpu_check.sh --stages build,bench OUT
 #
 # The machine needs Python 3.10+ with torch, setuptools and numpy, nvcc, a C++ compiler, and no network. It may lack
 # packages that are not essential: put their wheels into wheels/ (pytest with pluggy, iniconfig, packaging and pygments;
@@ -117,7 +119,7 @@ print(*(choose("bernoulli_loss", "cuda", backend) for backend in ("native", "tri
 }
 
 tests() {
-    local limit=${TESTS_S:-90} parallel=() device=()
+    local limit=${TESTS_S:-140} parallel=() device=()
     # Triton and Inductor compile in every worker: more threads of theirs would only get in each other's way.
     export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
     if ! has pytest; then
@@ -140,7 +142,7 @@ tests() {
         # Apart: Triton's take a compilation each, and should not keep the others from an end.
         stage "tests/gpu, CUDA" "$limit" "$out/tests.log" "${pytest[@]}" "${parallel[@]}" -k "not triton" \
             --junitxml="$out/tests-cuda.xml"
-        stage "tests/gpu, Triton" "${TRITON_S:-110}" "$out/tests.log" "${pytest[@]}" "${parallel[@]}" -k triton \
+        stage "tests/gpu, Triton" "${TRITON_S:-140}" "$out/tests.log" "${pytest[@]}" "${parallel[@]}" -k triton \
             --junitxml="$out/tests-triton.xml"
     fi
     unset OMP_NUM_THREADS TORCHINDUCTOR_COMPILE_THREADS GOL_KERNELS_TEST_DEVICE
