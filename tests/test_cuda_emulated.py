@@ -1,8 +1,8 @@
 """The CUDA kernels without a GPU: csrc/cuda, compiled for the CPU against tests/cuda_emulation.
 
 The tests that take a backend run here once more, on CPU tensors, through the kernels and their bindings as
-they are; those of this file go through their own corners. What a GPU's instructions make of a formula, and
-what its threads do at the same time, is left to tests/gpu.
+they are; those of this file go through their own corners. What a GPU's threads do at the same time is left to
+tests/gpu.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 
 from gol_kernels import ops
 from gol_kernels.backends import reference, status
+from tests import cases, test_properties
 from tests.emulated_cuda import Guarded, emulated, survives
 from tests.gpu.test_shared import SHARED
 
@@ -26,8 +28,9 @@ __all__ = ["emulated"]
 
 
 @pytest.fixture
-def native_backend(emulated: Any) -> Iterator[str]:
+def native_backend(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Puts the emulated kernels in the place of the native backend's CPU kernels."""
+    monkeypatch.setattr(cases, "special_error", lambda: 2.0**-22)  # so does tests/cuda_emulation err
     if status()["native"] is not None:
         pytest.skip("there is no native backend to put the kernels into")
     override = torch.library.Library(ops.NAMESPACE, "IMPL")
@@ -44,6 +47,12 @@ def backend(native_backend: str) -> str:
 
 # The flat kernel and the one for rows apart round differently.
 globals().update({name: test for name, test in SHARED.items() if name != "test_layouts"})
+
+
+@settings(test_properties.PROPERTY, max_examples=60)
+@given(data=test_properties.drawn())
+def test_equals_the_float64_reference(native_backend: str, data: test_properties.Drawn) -> None:
+    test_properties.test_equals_the_float64_reference.hypothesis.inner_test(native_backend, data)
 
 
 # --- any arguments, against the reference ---------------------------------------------------------

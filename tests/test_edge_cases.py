@@ -147,7 +147,17 @@ def test_gumbel_extremes(backend: str) -> None:
     assert grad[0, 0].item() == pytest.approx(-math.exp(80), rel=1e-5)
     loss, grad = _row(backend, gk.gumbel_loss, [0.0, INF], 0, clip=None)
     assert loss == INF
-    assert grad[0, 1] == 1
+    assert grad[0, 1].item() == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("high", [10.0, 10.9, 10.95, 11.0, 20.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gumbel_at_the_upper_clip(backend: str, high: float, dtype: torch.dtype) -> None:
+    """The product of exp(-high) over many columns leaves float32 early."""
+    logits, labels = torch.full((8, 65), 30.0, dtype=dtype), torch.full((8,), 64)
+    loss, _ = loss_and_grad(lambda z: gk.gumbel_loss(z, labels, clip=(-4.0, high), backend=backend), logits)
+    negative, positive = -math.log(-math.expm1(-math.exp(-high))), math.exp(-high)
+    torch.testing.assert_close(loss, torch.tensor(64 * negative + positive), rtol=2e-6, atol=0)
 
 
 def test_sigmoid_extremes(backend: str) -> None:
@@ -254,8 +264,8 @@ def test_seesaw_factors_that_float32_does_not_hold(
         for backend, z in ((native_backend, logits), ("reference", logits.double()))
     ]
     (loss, grad), (expected_loss, expected) = results
-    torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-6, atol=0)
-    assert relative_l2(grad, expected) < 1e-6
+    torch.testing.assert_close(loss.double(), expected_loss, rtol=2e-6, atol=0)
+    assert relative_l2(grad, expected) < 2e-6
 
 
 def test_priors_that_float32_does_not_hold(native_backend: str) -> None:
