@@ -12,8 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils import cpp_extension
 
 from gol_kernels import ops
+from tests import cases
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATION = ROOT / "tests" / "cuda_emulation"
@@ -85,7 +87,8 @@ _libraries: list[torch.library.Library] = []  # a library's definitions end with
 
 
 @functools.cache
-def _load(folder: Path) -> Any:
+def load(folder: Path) -> Any:
+    """The ops as torch.ops.gol_emulated.<op>_native, compiled into the folder."""
     definitions = torch.library.Library("gol_emulated", "DEF")
     _libraries.append(definitions)
     for op, schema in ops.SCHEMAS.items():
@@ -94,13 +97,26 @@ def _load(folder: Path) -> Any:
     return torch.ops.gol_emulated
 
 
+@contextmanager
+def in_place_of_native(emulated: Any) -> Iterator[None]:
+    """The emulated kernels are the native backend's on the CPU; tests expect a GPU's arithmetic of them."""
+    exact = cases.special_error
+    override = torch.library.Library(ops.NAMESPACE, "IMPL")
+    for op in ops.OPS:
+        override.impl(f"{op}_native", getattr(emulated, f"{op}_native").default, "CPU", allow_override=True)
+    cases.special_error = lambda: 2.0**-22  # as special_functions.h errs
+    yield
+    cases.special_error = exact
+    override._destroy()
+
+
 @pytest.fixture(scope="session")
 def emulated(pytestconfig: pytest.Config) -> Any:
-    """The ops as torch.ops.gol_emulated.<op>_native, for CPU tensors."""
+    """``load``'s ops, for CPU tensors."""
     if sys.platform != "linux" or COMPILER is None:
         pytest.skip("the emulation needs Linux and a C++ compiler ($CXX or g++)")
     assert pytestconfig.cache is not None
-    return _load(Path(pytestconfig.cache.mkdir("cuda_emulation")))
+    return load(Path(pytestconfig.cache.mkdir("cuda_emulation")))
 
 
 class Guarded:

@@ -20,24 +20,20 @@ from torch import Tensor
 
 from gol_kernels import ops
 from gol_kernels.backends import reference, status
-from tests import cases, test_properties
-from tests.emulated_cuda import Guarded, emulated, survives
+from tests import test_properties
+from tests.emulated_cuda import Guarded, emulated, in_place_of_native, survives
 from tests.gpu.test_shared import SHARED
 
 __all__ = ["emulated"]
 
 
 @pytest.fixture
-def native_backend(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def native_backend(emulated: Any) -> Iterator[str]:
     """Puts the emulated kernels in the place of the native backend's CPU kernels."""
-    monkeypatch.setattr(cases, "special_error", lambda: 2.0**-22)  # so does tests/cuda_emulation err
     if status()["native"] is not None:
         pytest.skip("there is no native backend to put the kernels into")
-    override = torch.library.Library(ops.NAMESPACE, "IMPL")
-    for op in ops.OPS:
-        override.impl(f"{op}_native", getattr(emulated, f"{op}_native").default, "CPU", allow_override=True)
-    yield "native"
-    override._destroy()
+    with in_place_of_native(emulated):
+        yield "native"
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import gol_kernels as gk
+from tests import cases
 from tests.cases import BY_NAME, CASES, LINKS, Case, counts, loss_and_grad, relative_l2
 
 CASE = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -264,8 +265,9 @@ def test_seesaw_factors_that_float32_does_not_hold(
         for backend, z in ((native_backend, logits), ("reference", logits.double()))
     ]
     (loss, grad), (expected_loss, expected) = results
-    torch.testing.assert_close(loss.double(), expected_loss, rtol=2e-6, atol=0)
-    assert relative_l2(grad, expected) < 2e-6
+    bound = 2e-6 + 12 * cases.special_error()  # the power's
+    torch.testing.assert_close(loss.double(), expected_loss, rtol=bound, atol=0)
+    assert relative_l2(grad, expected) < bound
 
 
 def test_priors_that_float32_does_not_hold(native_backend: str) -> None:
