@@ -180,7 +180,7 @@ def test_an_extension_that_does_not_fit_is_left_out(change: str, reason: str) ->
             "import gol_kernels as gk, gol_kernels.info",
             "loss = gk.softmax_loss(torch.zeros(1, 2), torch.tensor([0]), validate=False)",
             "kernels = torch._C._dispatch_dump('gol_kernels::bernoulli_loss_native')",
-            "assert 'registered at /' not in kernels or 'ops.cpp' not in kernels, kernels",
+            "assert 'ops.cpp' not in kernels, kernels",
             "print(float(loss))",
             "gol_kernels.info.main([])",
         ]
