@@ -123,6 +123,7 @@ def _run_on_gpu(options: argparse.Namespace) -> int:
         raise SystemExit("python -m bench gpu: torch sees no GPU (--dry-run goes through it on the CPU)")
     meter = HostMeter() if options.dry_run else CudaMeter()
     facts, rows = device.environment(), []
+    facts["run"] = options.run or facts["run"]
 
     def write(found: list[Row]) -> None:
         rows.extend(facts | row for row in found)
@@ -134,7 +135,7 @@ def _run_on_gpu(options: argparse.Namespace) -> int:
     good = device.measure(
         _settings(options, meter),
         meter,
-        device.Effort(options.rounds, options.min_ms),
+        device.Effort(options.rounds, options.min_ms, tuple(options.skip)),
         budget_s=options.budget_s,
         write=write,
         report=partial(print, flush=True),
@@ -223,8 +224,10 @@ def _add_gpu(gpu: argparse.ArgumentParser) -> None:
     gpu.add_argument(
         "--budget-s", type=float, default=3600.0, help="start nothing new after it (%(default)s)"
     )
+    gpu.add_argument("--skip", nargs="+", default=(), metavar="PROVIDER", help='such as "ours triton"')
     gpu.add_argument("--rounds", type=int, default=9)
     gpu.add_argument("--min-ms", type=float, default=6.0, help="of one provider in a round (%(default)s)")
+    gpu.add_argument("--run", help="the run that the rows belong to, where several commands make one")
     gpu.add_argument("--records", type=Path, help=f"{GPU_RECORDS.relative_to(ROOT)}; of a dry run: none")
     gpu.add_argument(
         "--dry-run", action="store_true", help="tiny sizes on the CPU, nothing of a GPU measured"

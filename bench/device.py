@@ -132,12 +132,17 @@ def measure(
         if time.monotonic() > end:
             report(f"time is used up: {len(settings) - done} of {len(settings)} settings were not measured")
             break
-        outcome = measure_setting(setting, batch, meter, effort)
+        report(f"{setting.case.name} [{setting.rows}, {setting.columns}] {setting.dtype}")
+        try:
+            outcome = measure_setting(setting, batch, meter, effort)
+        except torch.OutOfMemoryError as error:
+            report(f"  not measured: {str(error).splitlines()[0]}")
+            meter.release()
+            continue
         write(outcome.rows)
         for reason in sorted(set(outcome.absent) - absent):
             report(f"absent: {reason}")
         absent.update(outcome.absent)
-        report(f"{setting.case.name} [{setting.rows}, {setting.columns}] {setting.dtype}")
         for row in outcome.rows:
             report(_line(row))
         for name, reason in outcome.refused.items():

@@ -1,11 +1,22 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and under eight minutes:
+# Everything that needs a GPU, in one command that mostly takes under eight minutes, or in parts:
 #
 #     bench/gpu_check.sh [--dry-run] [--stages build,tests,sanitizers,bench] [OUT]
 #
 # Builds for this machine's GPU, runs tests/gpu, compute-sanitizer over a small set of calls, and the benches. A stage
 # that fails or runs out of time does not stop the others. All that is worth keeping is left in OUT (default: $OUT, else
-# gpu_check/), with a summary in OUT/summary.txt. The exit status is that of the worst stage.
+# gpu_check/), as it comes, with a summary in OUT/summary.txt. The exit status is that of the worst stage.
+#
+# The limits of all stages together are longer. Where a command may take ten minutes at most, in four, the most
+# important first; they add to OUT's summary and rows, and build in seconds what is built already. The first bench goes
+# through every loss at N = 65536, 8192 and 512 and K = 1204, then again with torch.compile; the second through other
+# widths.
+#
+#     bench/gpu_check.sh --stages build,tests OUT
+#     bench/gpu_check.sh --stages build,sanitizers OUT
+#     BENCH_S=360 bench/gpu_check.sh --stages build,bench OUT
+#     export BENCH_ARGS="--profile full --columns 1203 1205 8192 21841 --dtypes float32 bfloat16 --eager"
+#     BENCH_S=360 bench/gpu_check.sh --stages build,bench OUT
 #
 # The machine needs Python 3.10+ with torch, setuptools and numpy, nvcc, a C++ compiler, and no network. It may lack
 # packages that are not essential: put their wheels into wheels/ (pytest with pluggy, iniconfig, packaging and pygments;
@@ -18,7 +29,7 @@
 #
 # Variables: PYTHON (python3), MAX_JOBS, NVCC_FLAGS; GOL_KERNELS_COMMIT names the commit in the records where the tree
 # has no repository; BENCH_ARGS are passed to `python -m bench gpu`; {BUILD,TESTS,TRITON,SANITIZERS,BENCH}_S are the
-# stages' limits in seconds.
+# stages' limits in seconds. The bench adds its rows to OUT/gpu.jsonl.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -37,7 +48,14 @@ out=$(cd "$out" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 summary=$out/summary.txt
-rm -f "$out"/{summary.txt,build.log,tests.log,sanitizers.log,bench.log,gpu.jsonl,gpu.png}
+for stage in ${stages//,/ }; do
+    case $stage in
+        build | sanitizers) rm -f "$out/$stage.log" ;;
+        tests) rm -f "$out"/tests{.log,-cuda.xml,-triton.xml} ;;
+        bench) rm -f "$out/bench.log" ;;
+        *) echo "no stage $stage" >&2 && exit 2 ;;
+    esac
+done
 
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=$work/triton TORCHINDUCTOR_CACHE_DIR=$work/inductor
@@ -80,14 +98,20 @@ prepare() {
     else
         arch=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))') ||
             { say "torch sees no GPU"; exit 1; }
-        nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv | tee -a "$summary"
+        nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv |
+            tee -a "$summary"
     fi
+    say "$(date -u +%FT%TZ) stages $stages"
     say "compute capability $arch, $("$python" --version), $(nvcc --version 2>/dev/null | tail -n 1), $jobs CPUs"
 }
 
 build() {
-    export TORCH_CUDA_ARCH_LIST=$arch GOL_KERNELS_FORCE_CUDA=1 GOL_KERNELS_FORCE_EXT=1 NVCC_FLAGS=${NVCC_FLAGS:--Xptxas=-v}
-    stage build "${BUILD_S:-$((dry ? 1200 : 150))}" "$out/build.log" "$python" setup.py build_ext --inplace
+    local limit=150
+    command -v ninja >/dev/null || limit=420
+    ((dry)) && limit=1800
+    export TORCH_CUDA_ARCH_LIST=$arch GOL_KERNELS_FORCE_CUDA=1 GOL_KERNELS_FORCE_EXT=1
+    export NVCC_FLAGS=${NVCC_FLAGS:--Xptxas=-v}
+    stage build "${BUILD_S:-$limit}" "$out/build.log" "$python" setup.py build_ext --inplace
     "$python" -m gol_kernels.info 2>&1 | tee -a "$summary"
     ((dry)) || stage "both backends on CUDA" 60 "$out/build.log" "$python" -c '
 from gol_kernels.backends import choose
@@ -95,7 +119,7 @@ print(*(choose("bernoulli_loss", "cuda", backend) for backend in ("native", "tri
 }
 
 tests() {
-    local limit=${TESTS_S:-90} parallel=() device=()
+    local limit=${TESTS_S:-140} parallel=() device=()
     # Triton and Inductor compile in every worker: more threads of theirs would only get in each other's way.
     export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
     if ! has pytest; then
@@ -116,8 +140,10 @@ tests() {
             -k "test_table or test_label_counts or test_alignment or test_used_memory or test_illegal"
     else
         # Apart: Triton's take a compilation each, and should not keep the others from an end.
-        stage "tests/gpu, CUDA" "$limit" "$out/tests.log" "${pytest[@]}" "${parallel[@]}" -k "not triton"
-        stage "tests/gpu, Triton" "${TRITON_S:-110}" "$out/tests.log" "${pytest[@]}" "${parallel[@]}" -k triton
+        stage "tests/gpu, CUDA" "$limit" "$out/tests.log" "${pytest[@]}" "${parallel[@]}" -k "not triton" \
+            --junitxml="$out/tests-cuda.xml"
+        stage "tests/gpu, Triton" "${TRITON_S:-140}" "$out/tests.log" "${pytest[@]}" "${parallel[@]}" -k triton \
+            --junitxml="$out/tests-triton.xml"
     fi
     unset OMP_NUM_THREADS TORCHINDUCTOR_COMPILE_THREADS GOL_KERNELS_TEST_DEVICE
     grep -E '^(FAILED|ERROR|SKIPPED)|(passed|failed|skipped).* in [0-9]|no tests (ran|collected)' "$out/tests.log" |
@@ -126,13 +152,13 @@ tests() {
 
 # sanitizers: every tool on every backend at once; they take long by themselves, and no time is measured here
 sanitizers() {
-    local limit=${SANITIZERS_S:-190} tool backend names=() set=(-m tests.gpu.small_set)
+    local limit=${SANITIZERS_S:-190} tool backend names=() calls=(-m tests.gpu.small_set)
     # Every tensor an allocation of its own: memcheck sees what is read one byte beyond it.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     if ((dry)); then
         command -v compute-sanitizer >/dev/null || say "no compute-sanitizer here: the small set without it"
         stage "small set, reference" "$limit" "$out/sanitizers.log" \
-            "$python" "${set[@]}" --backend reference --device cpu
+            "$python" "${calls[@]}" --backend reference --device cpu
         unset PYTORCH_NO_CUDA_MEMORY_CACHING
         return
     fi
@@ -142,7 +168,8 @@ sanitizers() {
             (
                 summary=$work/$tool-$backend.summary worst=0
                 stage "$tool, $backend" "$limit" "$work/$tool-$backend.log" compute-sanitizer --tool "$tool" \
-                    --target-processes application-only --error-exitcode 9 --print-limit 20 "$python" "${set[@]}" --backend "$backend"
+                    --target-processes application-only --error-exitcode 9 --print-limit 20 \
+                    "$python" "${calls[@]}" --backend "$backend"
             ) >/dev/null &
         done
     done
@@ -164,7 +191,8 @@ bench() {
     stage bench "$limit" "$out/bench.log" \
         "$python" -m bench gpu --records "$out/gpu.jsonl" "${how[@]}" ${BENCH_ARGS:-}
     grep -E '^(PASS|FAIL|absent|time is used up)|^  refused' "$out/bench.log" | tee -a "$summary"
-    ((dry)) || stage plot 60 "$out/bench.log" "$python" -m bench plot --only gpu --gpu-records "$out/gpu.jsonl" --folder "$out"
+    ((dry)) || stage plot 60 "$out/bench.log" \
+        "$python" -m bench plot --only gpu --gpu-records "$out/gpu.jsonl" --folder "$out"
 }
 
 prepare

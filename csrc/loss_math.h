@@ -59,9 +59,10 @@ GOL_SCALAR_NUMBER(float)
 GOL_SCALAR_NUMBER(double)
 GOL_STANDARD_NUMBER(double)
 GOL_FN double fma(double a, double b, double c) { return a * b + c; }
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) || defined(GOL_EMULATED_GPU)
 // float on a GPU: one special-function instruction each, relative error 2^-22 (log2 of a number in (1/2, 2):
 // absolute error 2^-22), where CUDA's own functions of these names take a dozen. Subnormal numbers are 0.
+#if defined(__CUDA_ARCH__)
 GOL_FN float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 #define GOL_DEVICE_FUNCTION(name, instruction)                     \
   GOL_FN float name(float x) {                                     \
@@ -84,15 +85,22 @@ GOL_FN float vmax(float a, float b) {
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
   return c;
 }
-// 2^(high + low), x log2(e) in two pieces: rounded to one, its error would grow with |x|. For x below 88;
-// exp(-104) is 0 already, and -inf would make low NaN.
+#else  // where the kernels run without a GPU, somebody else has to supply its instructions
+GOL_FN float fma(float a, float b, float c) { return ::emulation::fma(a, b, c); }
+GOL_FN float exp2(float x) { return ::emulation::ex2(x); }
+GOL_FN float log2(float x) { return ::emulation::lg2(x); }
+GOL_FN float reciprocal(float x) { return ::emulation::rcp(x); }
+GOL_FN float vmin(float a, float b) { return ::emulation::min_nan(a, b); }
+GOL_FN float vmax(float a, float b) { return ::emulation::max_nan(a, b); }
+#endif
+// 2^(high + low), x log2(e) in two pieces: rounded to one, its error would grow with |x|. exp(-104) is 0
+// already, and -inf would make low NaN; so would inf.
 GOL_FN float exp(float x) {
   x = vmax(x, -104.f);
   constexpr float kHigh = static_cast<float>(kLog2E), kLow = static_cast<float>(kLog2E - kHigh);
   const float high = x * kHigh;
   const float low = fma(x, kLow, fma(x, kHigh, -high));
-  const float power = exp2(high);
-  return fma(power, low * static_cast<float>(kLn2), power);
+  return exp2(high) * fma(low, static_cast<float>(kLn2), 1.f);  // of an infinite power no difference of two
 }
 GOL_FN float quotient(float a, float b) { return a * reciprocal(b); }
 // a / (b + low), |low| below an ulp of b: the quotient corrected by its remainder.
@@ -180,7 +188,8 @@ template <class V, bool kReleased> struct GumbelLink {
     V zc, linear, factor, numerator;
   };
   GOL_FN Parts parts(V z) const { return parts_inside(clip(z)); }
-  // kWhole: factor is all of 1 - p, and linear 0. The product of 8 is then normal for clip_max / T up to 11.
+  // kWhole: factor is all of 1 - p, and linear 0. The product of 8 is normal, at least 2^-126, for clip_max /
+  // T up to 126 ln(2) / 8 = 10.917.
   template <bool kWhole = false> GOL_FN Parts parts_inside(V zc) const {
     const V log2_e2 = fma(zc, rate, V(kLog2Log2E));
     const V e2 = exp2(log2_e2);   // e in base 2: e * log2(e)

@@ -1,10 +1,13 @@
 // The extension module gol_kernels._C. The ops' schemas stand in gol_kernels/ops.py, where a build
-// without this extension finds them too; each backend file registers its own implementations.
+// without this extension finds them too; importing the module registers its implementations of them.
 #include <pybind11/pybind11.h>
+#include <torch/version.h>
 
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
+#include "registration.h"
 
 #ifndef GOL_CUDA_ARCHS
 #define GOL_CUDA_ARCHS ""
@@ -39,9 +42,41 @@ pybind11::dict build_info() {
   return info;
 }
 
+// torch's C++ interface changes from one minor version to the next, and not always is a symbol missing then.
+void check_torch() {
+  const std::string built =
+      std::to_string(TORCH_VERSION_MAJOR) + "." + std::to_string(TORCH_VERSION_MINOR) + ".";
+  const auto running = pybind11::module_::import("torch").attr("__version__").cast<std::string>();
+  if (running.compare(0, built.size(), built) != 0)
+    throw pybind11::import_error("it was built with torch " TORCH_VERSION ", and this is torch " + running);
+}
+
+// All or, where one throws, none: what a library registered ends with it.
+void register_ops() {
+  static std::vector<torch::Library> registered;
+  std::vector<torch::Library> libraries;
+  const auto library = [&](c10::DispatchKey key) -> torch::Library& {
+    return libraries.emplace_back(torch::Library::IMPL, "gol_kernels", key, __FILE__, __LINE__);
+  };
+  torch::Library& cpu = library(c10::DispatchKey::CPU);
+  gol::cpu::register_bernoulli(cpu);
+  gol::cpu::register_rows(cpu);
+  gol::cpu::register_softmax(cpu);
+#ifdef GOL_WITH_CUDA
+  torch::Library& cuda = library(c10::DispatchKey::CUDA);
+  gol::cuda::register_bernoulli(cuda);
+  gol::cuda::register_elementwise(cuda);
+  gol::cuda::register_softmax(cuda);
+#endif
+  registered.swap(libraries);
+}
+
 }  // namespace
 
+// What is thrown becomes an ImportError.
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  check_torch();
+  register_ops();
   m.def("build_info", &build_info, "What this extension was built with.");
   m.def(
       "cpu_capability", [] { return std::string(gol::cpu::kernels().name); },

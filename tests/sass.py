@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -71,26 +72,22 @@ class Kernel:
         """Instructions of the whole kernel."""
         return sum(bool(re.search(pattern, text)) for text in self.code.values())
 
-    def step(self, *via: str) -> list[str]:
-        """The instructions of a common step of the main loop."""
+    def step(self, *via: str, stores: int = 1) -> list[str]:
+        """The instructions of a common step of the main loop, which stores so many vectors."""
         successors = self._successors()
-        ways = []
-        for load in self._addresses(LOAD):
-            way, here = [], load
-            for pattern in (*via, STORE, None):
-                goals = {load} if pattern is None else set(self._addresses(pattern))
-                part = self._cheapest(successors, here, goals)
-                if part is None:
-                    break
-                way += part
-                here = part[-1]
-            else:
-                ways.append(way)
-        assert ways, f"{self.name} has no loop from a 128-bit load by {[*via, STORE]} back to it"
-        return [self.code[address] for address in min(ways, key=self._cost)]
+        goals = [self._addresses(pattern) for pattern in (*via, *(STORE,) * stores)]
+        ways = [
+            way
+            for load in self._addresses(LOAD)
+            if (way := self._cheapest(successors, load, [*goals, {load}]))
+        ]
+        assert ways, f"{self.name} has no loop from a 128-bit load by {[*via, stores]} back to it"
+        cheapest = min(ways, key=self._cost)
+        assert len(set(cheapest)) == len(cheapest), f"{self.name}: the step is more than one turn of the loop"
+        return [self.code[address] for address in cheapest]
 
-    def _addresses(self, pattern: str) -> list[int]:
-        return [address for address, text in self.code.items() if re.search(pattern, text)]
+    def _addresses(self, pattern: str) -> set[int]:
+        return {address for address, text in self.code.items() if re.search(pattern, text)}
 
     def _cost(self, way: list[int]) -> int:
         return sum(SPECIAL_COST if self.code[address].startswith("MUFU") else 1 for address in way)
@@ -119,23 +116,26 @@ class Kernel:
             result[address] = onward
         return result
 
-    def _cheapest(self, successors: dict[int, list[int]], start: int, goals: set[int]) -> list[int] | None:
-        """The addresses after start, up to the first of goals."""
-        queue, cost, before = [(0, start)], {}, {}
+    def _cheapest(
+        self, successors: dict[int, list[int]], start: int, goals: Sequence[set[int]]
+    ) -> list[int] | None:
+        """The addresses after start, by one of each of the goals in turn up to one of the last."""
+        queue, cost, before = [(0, start, 0)], {(start, 0): 0}, {}
         while queue:
-            so_far, here = heapq.heappop(queue)
-            if here in goals and here in before:
-                way = [here]
-                while before[way[-1]] != start:
-                    way.append(before[way[-1]])
+            so_far, here, passed = heapq.heappop(queue)
+            if passed == len(goals):
+                way, place = [], (here, passed)
+                while place in before:
+                    way.append(place[0])
+                    place = before[place]
                 return way[::-1]
-            if cost.get(here, so_far) < so_far:
+            if cost[here, passed] < so_far:
                 continue
             for there in successors[here]:
-                total = so_far + self._cost([there])
-                if total < cost.get(there, total + 1):
-                    cost[there], before[there] = total, here
-                    heapq.heappush(queue, (total, there))
+                place, total = (there, passed + (there in goals[passed])), so_far + self._cost([there])
+                if total < cost.get(place, total + 1):
+                    cost[place], before[place] = total, (here, passed)
+                    heapq.heappush(queue, (total, *place))
         return None
 
 

@@ -20,6 +20,7 @@ from bench.cases import CASES
 from bench.device import DTYPES, Effort, Profile, Setting, measure, measure_setting
 from bench.meters import HostMeter
 from bench.providers import Provider, Refused, check, device_providers
+from bench.timing import Sample
 
 EFFORT = Effort(2, 0.05)
 SOFTMAX = Setting(CASES["softmax"], 6, 19, "float32", False)
@@ -203,6 +204,41 @@ def test_nothing_new_is_started_after_the_time() -> None:
     assert rows == []
 
 
+def test_every_mode_is_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five sets in the graph, three in the eager sweep, and a clock of a millisecond a call."""
+
+    class Timer:
+        clock = "calls"
+
+        def __call__(self, step: Any, calls: int) -> Sample:
+            count = sum(len(step()) for _ in range(calls))
+            return Sample(count / calls, 0.0, 0.0)
+
+    meter = HostMeter()
+    meter.timer = Timer()
+    monkeypatch.setattr(meter, "sets", lambda size: 5)
+    monkeypatch.setattr(device, "EAGER_SETS", 3)
+    for row in measure_setting(SOFTMAX, None, meter, EFFORT).rows:
+        assert row["sets"] == 5
+        assert row["graph_ms"]["p50"] == row["eager_ms"]["p50"] == 1
+
+
+def test_a_setting_without_memory_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, calls, rows, lines = device._copy, [], [], []
+
+    def copied(batch: Any) -> Any:
+        calls.append(batch)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nfrom elsewhere")
+        return copy(batch)
+
+    monkeypatch.setattr(device, "_copy", copied)
+    settings = [(SOFTMAX, None), (SOFTMAX, None)]
+    assert measure(settings, HostMeter(), EFFORT, budget_s=100, write=rows.append, report=lines.append)
+    assert len(rows) == 1
+    assert "  not measured: CUDA out of memory. Tried to allocate 9 GiB" in lines
+
+
 def test_large_batches_are_checked_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "CHECKED_ELEMENTS", 100)
     monkeypatch.setattr(device, "CHECKED_ROWS", 4)
@@ -352,11 +388,13 @@ def test_readme_and_plot_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_command_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = tmp_path / "dry.jsonl"
     command = ["gpu", "--dry-run", "--cases", "softmax", "--rows", "5", "--dtypes", "float32", "--eager"]
-    command += ["--columns", "19", "--rounds", "1", "--min-ms", "0.01"]
+    command += ["--columns", "19", "--rounds", "1", "--min-ms", "0.01", "--skip", "released", "--run", "x"]
     assert main([*command, "--records", str(store)]) == 0
     rows = records.read(store)
     assert {(row["N"], row["K"], row["dtype"]) for row in rows} == {(5, 19, "float32")}
     assert all(row["machine"] and "liger" in row["versions"] for row in rows)
+    assert not any(row["provider"] == "released" for row in rows)
+    assert {row["run"] for row in rows} == {"x"}
     assert "softmax [5, 19] float32" in capsys.readouterr().out
     before = set(Path("bench/records").iterdir())
     assert main(command) == 0

@@ -1,8 +1,8 @@
 """The CUDA kernels without a GPU: csrc/cuda, compiled for the CPU against tests/cuda_emulation.
 
 The tests that take a backend run here once more, on CPU tensors, through the kernels and their bindings as
-they are; those of this file go through their own corners. What a GPU's instructions make of a formula, and
-what its threads do at the same time, is left to tests/gpu.
+they are; those of this file go through their own corners. What a GPU's threads do at the same time is left to
+tests/gpu.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 
 from gol_kernels import ops
 from gol_kernels.backends import reference, status
-from tests.emulated_cuda import Guarded, emulated, survives
+from tests import test_properties
+from tests.emulated_cuda import Guarded, emulated, in_place_of_native, survives
 from tests.gpu.test_shared import SHARED
 
 __all__ = ["emulated"]
@@ -30,11 +32,8 @@ def native_backend(emulated: Any) -> Iterator[str]:
     """Puts the emulated kernels in the place of the native backend's CPU kernels."""
     if status()["native"] is not None:
         pytest.skip("there is no native backend to put the kernels into")
-    override = torch.library.Library(ops.NAMESPACE, "IMPL")
-    for op in ops.OPS:
-        override.impl(f"{op}_native", getattr(emulated, f"{op}_native").default, "CPU", allow_override=True)
-    yield "native"
-    override._destroy()
+    with in_place_of_native(emulated):
+        yield "native"
 
 
 @pytest.fixture
@@ -44,6 +43,12 @@ def backend(native_backend: str) -> str:
 
 # The flat kernel and the one for rows apart round differently.
 globals().update({name: test for name, test in SHARED.items() if name != "test_layouts"})
+
+
+@settings(test_properties.PROPERTY, max_examples=60)
+@given(data=test_properties.drawn())
+def test_equals_the_float64_reference(native_backend: str, data: test_properties.Drawn) -> None:
+    test_properties.test_equals_the_float64_reference.hypothesis.inner_test(native_backend, data)
 
 
 # --- any arguments, against the reference ---------------------------------------------------------

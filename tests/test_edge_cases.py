@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import gol_kernels as gk
-from tests.cases import BY_NAME, CASES, Case, loss_and_grad, relative_l2
+from tests import cases
+from tests.cases import BY_NAME, CASES, LINKS, Case, counts, loss_and_grad, relative_l2
 
 CASE = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 INF, NAN = math.inf, math.nan
@@ -147,7 +148,17 @@ def test_gumbel_extremes(backend: str) -> None:
     assert grad[0, 0].item() == pytest.approx(-math.exp(80), rel=1e-5)
     loss, grad = _row(backend, gk.gumbel_loss, [0.0, INF], 0, clip=None)
     assert loss == INF
-    assert grad[0, 1] == 1
+    assert grad[0, 1].item() == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("high", [10.0, 10.9, 10.95, 11.0, 20.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gumbel_at_the_upper_clip(backend: str, high: float, dtype: torch.dtype) -> None:
+    """The product of exp(-high) over many columns leaves float32 early."""
+    logits, labels = torch.full((8, 65), 30.0, dtype=dtype), torch.full((8,), 64)
+    loss, _ = loss_and_grad(lambda z: gk.gumbel_loss(z, labels, clip=(-4.0, high), backend=backend), logits)
+    negative, positive = -math.log(-math.expm1(-math.exp(-high))), math.exp(-high)
+    torch.testing.assert_close(loss, torch.tensor(64 * negative + positive), rtol=2e-6, atol=0)
 
 
 def test_sigmoid_extremes(backend: str) -> None:
@@ -238,3 +249,54 @@ def test_max_loss(backend: str) -> None:
     assert not grad.any()
     below, _ = loss_and_grad(lambda z: gk.gumbel_loss(z, labels, max_loss=50.0, backend=backend), logits)
     torch.testing.assert_close(below, torch.tensor(20.0855369), rtol=1e-6, atol=0)
+
+
+# --- what float32 does not hold ------------------------------------------------------------------
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("options", [{"p": 30.0}, {"q": 12.0}], ids=["mitigation", "compensation"])
+def test_seesaw_factors_that_float32_does_not_hold(
+    native_backend: str, link: str, options: dict[str, float]
+) -> None:
+    """(1e-5)^30 and (1e2)^12."""
+    logits, labels = torch.randn(20, 12) * 2, torch.arange(20) % 12
+    reweight = gk.Seesaw(counts(12), **options)
+    results = [
+        loss_and_grad(lambda x, b=backend: LINKS[link](x, labels, reweight=reweight, backend=b), z)
+        for backend, z in ((native_backend, logits), ("reference", logits.double()))
+    ]
+    (loss, grad), (expected_loss, expected) = results
+    bound = 2e-6 + 12 * cases.special_error()  # the power's
+    torch.testing.assert_close(loss.double(), expected_loss, rtol=bound, atol=0)
+    assert relative_l2(grad, expected) < bound
+
+
+def test_priors_that_float32_does_not_hold(native_backend: str) -> None:
+    """e^-200 makes up for a logit of 205; a class of prior 0 does not take part."""
+    logits = torch.tensor([[0.0, 205.0, 1.0, 300.0], [1.0, 199.0, 0.0, 2.0]])
+    log_prior = torch.tensor([0.0, -200.0, -1.0, -math.inf])
+    loss, grad = loss_and_grad(
+        lambda z: gk.softmax_loss(
+            z, torch.tensor([0, 1]), log_prior=log_prior, reduction="none", backend=native_backend
+        ),
+        logits,
+    )
+    sums = 1 + math.exp(5) + 1, math.exp(1) + math.exp(-1) + math.exp(-1)
+    assert loss.tolist() == pytest.approx([math.log(sums[0]), math.log(sums[1]) + 1], rel=1e-6)
+    expected = [[1 / sums[0] - 1, math.exp(5) / sums[0], 1 / sums[0], 0]]
+    expected += [[math.exp(1) / sums[1], math.exp(-1) / sums[1] - 1, math.exp(-1) / sums[1], 0]]
+    torch.testing.assert_close(grad, torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("link", ["gumbel", "sigmoid"])
+def test_weight_0_beside_an_infinite_loss(native_backend: str, link: str) -> None:
+    """Column by column: gone, there, there with NaN, the label."""
+    logits, labels = torch.tensor([[math.inf, 0.0, math.nan, 1.0]]), torch.tensor([3])
+    table = torch.tensor([[1.0, 1, 1, 0], [0, 2, 0, 1]])
+    options = {"clip": None} if link == "gumbel" else {}
+    loss, grad = loss_and_grad(
+        lambda z: LINKS[link](z, labels, reweight=gk.ClassWeights(table), backend=native_backend, **options),
+        logits,
+    )
+    slope, value = {"gumbel": (0.581976706869, 0.458675145387), "sigmoid": (0.5, math.log(2))}[link]
+    assert loss.item() == pytest.approx(2 * value, rel=1e-6)
+    assert grad[0].tolist() == pytest.approx([0, 2 * slope, 0, 0], rel=1e-6)

@@ -191,8 +191,18 @@ def test_dry_run(check: Check) -> None:
     assert "compute capability 9.0" in check.summary
 
 
-def test_wrong_option(check: Check) -> None:
-    assert check.run("--fast") == 2
+def test_parts_add_to_one_folder(check: Check) -> None:
+    assert check.run("--stages", "tests", FAIL="pytest") == 3
+    assert check.run("--stages", "bench") == 0
+    assert check.verdict("tests/gpu, CUDA") == "FAIL, status 3"
+    assert check.verdict("bench") == "PASS"
+    assert {"tests.log", "bench.log"} < {path.name for path in check.out.iterdir()}
+
+
+@pytest.mark.parametrize("wrong", [["--fast"], ["--stages", "build,test"]])
+def test_wrong_option(check: Check, wrong: list[str]) -> None:
+    assert check.run(*wrong) == 2
+    assert check.calls == ""
 
 
 # --- the small set --------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import gol_kernels as gk
+from tests import cases
 from tests.cases import BY_NAME, CASES, Case, loss_and_grad, relative_l2, truth
 
 CASE = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -80,8 +81,8 @@ def test_float32_error(native_backend: str, case: Case, shape: tuple[int, int]) 
     logits, labels = case.inputs(*shape)
     expected_loss, expected = truth(case, logits, labels)
     loss, grad = loss_and_grad(lambda z: case.loss(z, labels, backend=native_backend), logits)
-    assert relative_l2(grad, expected) <= case.tolerance
-    assert relative_l2(loss, expected_loss) <= 1e-6
+    assert relative_l2(grad, expected) <= case.float32_error
+    assert relative_l2(loss, expected_loss) <= cases.loss_error()
 
 
 @pytest.mark.parametrize(("q", "eps"), [(0.5, 1e-30), (1.0, 1e-2), (3.0, 1e-4)])
@@ -91,8 +92,8 @@ def test_seesaw_float32_error_of_other_exponents(native_backend: str, q: float, 
     logits, labels = case.inputs(33, 1203)
     expected_loss, expected = truth(case, logits, labels, q=q, eps=eps)
     loss, grad = loss_and_grad(lambda z: case.loss(z, labels, q=q, eps=eps, backend=native_backend), logits)
-    assert relative_l2(grad, expected) <= 2e-7
-    assert relative_l2(loss, expected_loss) <= 1e-6
+    assert relative_l2(grad, expected) <= case.float32_error
+    assert relative_l2(loss, expected_loss) <= cases.loss_error()
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.released], ids=lambda c: c.name)
@@ -105,7 +106,8 @@ def test_never_worse_than_released(native_backend: str, case: Case, spread: floa
     _, grad = loss_and_grad(lambda z: case.loss(z, labels, backend=native_backend), logits)
     _, eager = loss_and_grad(lambda z: case.released(z, labels), logits)
     # Both are near rounding where the released formula is well made; there a quarter is luck.
-    assert relative_l2(grad, expected) <= max(relative_l2(eager, expected), 2**-24)
+    bound = max(relative_l2(eager, expected), 2**-24) + 2 * cases.special_error()
+    assert relative_l2(grad, expected) <= bound
 
 
 @CASE
@@ -117,7 +119,7 @@ def test_half_precision_error(backend: str, case: Case, dtype: torch.dtype, epsi
     loss, grad = loss_and_grad(lambda z: case.loss(z, labels, backend=backend), logits)
     assert loss.dtype == torch.float32
     assert grad.dtype == dtype
-    assert relative_l2(loss, expected_loss) <= 1e-6
+    assert relative_l2(loss, expected_loss) <= cases.loss_error()
     # fp16's smallest subnormal is 6e-8: a gradient below it cannot be held.
     assert float((grad.double() - expected).abs().max()) <= float(expected.abs().max()) * epsilon
     assert relative_l2(grad, expected) <= epsilon

@@ -150,3 +150,46 @@ def test_the_driver_is_asked_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch, answ
 def test_no_nvidia_smi_means_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info.shutil, "which", lambda tool: None)
     assert info._driver() is None
+
+
+# --- an extension that does not fit -----------------------------------------------------------------
+# The ops get other schemas than the extension at hand has kernels for, as after a change without a build.
+OTHER_SCHEMAS = """
+define = torch.library.Library.define
+torch.library.Library.define = lambda library, schema, **options: define(
+    library, schema.replace("softmax_loss_native(", "softmax_loss_native(Tensor unknown, "), **options
+)
+"""
+
+
+@pytest.mark.skipif(backends.status()["native"] is not None, reason="there is no extension")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (OTHER_SCHEMAS, "softmax_loss_native"),
+        ("torch.__version__ = '1.13.0'", "it was built with torch"),
+    ],
+    ids=["other-schemas", "other-torch"],
+)
+def test_an_extension_that_does_not_fit_is_left_out(change: str, reason: str) -> None:
+    """The package works without it, nothing of it stays registered, and the report says why."""
+    program = "\n".join(
+        [
+            "import torch",
+            change,
+            "import gol_kernels as gk, gol_kernels.info",
+            "loss = gk.softmax_loss(torch.zeros(1, 2), torch.tensor([0]), validate=False)",
+            "kernels = torch._C._dispatch_dump('gol_kernels::bernoulli_loss_native')",
+            "assert 'ops.cpp' not in kernels, kernels",
+            "print(float(loss))",
+            "gol_kernels.info.main([])",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loss, _, text = done.stdout.partition("\n")
+    assert float(loss) == pytest.approx(0.6931472)
+    lines = [line for line in section(text, "Backends") if line.startswith("  native ")]
+    assert "gol_kernels._C does not load: " in lines[0]
+    assert reason in lines[0]
+    assert len(section(text, "Build")) == 2  # the reason is a line, without a stack of calls

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gol_kernels as gk
-from tests.cases import BY_NAME, CASES, Case, loss_and_grad, relative_l2, truth
+from tests import cases
+from tests.cases import BY_NAME, CASES, Case, loss_and_grad, truth
 
 BACKENDS = [name for name in gk.available_backends() if name != "triton"]
 PROPERTY = settings(
@@ -21,7 +22,8 @@ PROPERTY = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-EPSILON = {torch.float64: 1e-12, torch.float32: 6e-7, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+# float32: an exponent of 20 bits is rounded to 24.
+EPSILON = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,16 @@ def test_equals_the_float64_reference(backend: str, data: Drawn) -> None:
     expected_loss, expected = truth(data.case, data.logits, data.labels, **data.common)
     loss, grad = data.run(backend)
     assert grad.shape == data.logits.shape
-    tolerance = EPSILON[data.logits.dtype]
+    special = 0.0 if data.logits.dtype == torch.float64 else cases.special_error()
+    tolerance = EPSILON[data.logits.dtype] + 2 * special
     # A half-precision gradient below its subnormals is 0.
     assert float((grad.double() - expected).norm()) <= tolerance * float(expected.norm()) + (
         1e-7 * grad.numel() ** 0.5 if data.logits.dtype == torch.float16 else 1e-30
     )
-    assert relative_l2(loss, expected_loss) <= (1e-12 if loss.dtype == torch.float64 else 5e-6)
+    # Of a probability near 1 a term's error is absolute.
+    relative, absolute = (1e-12, 1e-14) if loss.dtype == torch.float64 else (5e-6, 2**-24 + special)
+    error = float((loss.double() - expected_loss).norm())
+    assert error <= relative * float(expected_loss.norm()) + absolute * data.logits.numel()
 
 
 # DropLoss draws by row and column, and so is no function of the set of rows.

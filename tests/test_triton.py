@@ -74,6 +74,7 @@ _CHOSEN = (
 )
 
 
+@pytest.mark.slow
 def test_interpreted() -> None:
     """The suite with the interpreted kernels as its backend, in a process of its own: a process that has a
     GPU must not set TRITON_INTERPRET."""
@@ -243,8 +244,8 @@ class Tuned:
 
 
 F32, BF16 = torch.float32, torch.bfloat16
-# Instructions and special functions of prototypes of the same kernels, row overhead included. Rows of 1205
-# columns cannot be read in vectors. DropLoss: its generator is in the count, which only background rows run.
+# Of the first six a prototype of the same kernel had these figures; those of the others are their own. Rows
+# of 1205 columns cannot be read in vectors. DropLoss's generator, counted too, runs in background rows alone.
 TUNED = [
     Tuned("gumbel", 1203, F32, 128, 25.0, 3.4),
     Tuned("gumbel", 1203, BF16, 64, 25.5, 3.4),
@@ -252,13 +253,13 @@ TUNED = [
     Tuned("softmax", 1203, BF16, 64, 21.0, 1.1),
     Tuned("seesaw-no-objectness", 1204, F32, 128, 26.5, 2.2),
     Tuned("seesaw-no-objectness", 1204, BF16, 64, 26.5, 2.2),
-    Tuned("seesaw", 1203, F32, 32, 28.0, 2.2),
-    Tuned("seesaw", 1203, BF16, 16, 31.0, 2.2),
-    Tuned("gumbel-eql", 1204, F32, 128, 33.0, 3.4),
-    Tuned("gumbel-drop", 1204, F32, 128, 54.0, 3.4),
+    Tuned("seesaw", 1203, F32, 32, 30.5, 2.4),
+    Tuned("seesaw", 1203, BF16, 16, 34.5, 2.4),
+    Tuned("gumbel-eql", 1204, F32, 128, 33.0, 3.5),
+    Tuned("gumbel-drop", 1204, F32, 128, 54.5, 3.5),
     Tuned("gumbel-seesaw", 1204, F32, 128, 41.0, 5.4),
-    Tuned("sigmoid-weights", 1203, F32, 128, 29.0, 3.4),
-    Tuned("probit", 1203, F32, 128, 41.0, 3.4),
+    Tuned("sigmoid-weights", 1203, F32, 128, 25.6, 3.3),
+    Tuned("probit", 1203, F32, 128, 42.0, 3.5),
 ]
 
 

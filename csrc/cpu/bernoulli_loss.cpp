@@ -1,11 +1,10 @@
 // gol_kernels::bernoulli_{loss,grad}_native and gumbel_activation{,_grad}_native on the CPU.
-#include <torch/library.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
 
+#include "../registration.h"
 #include "power_table.h"
 #include "rows.h"
 
@@ -294,7 +293,7 @@ at::Tensor gumbel_activation_grad(const at::Tensor& grad_output, const at::Tenso
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gol_kernels, CPU, m) {
+void register_bernoulli(torch::Library& m) {
   m.impl("bernoulli_loss_native", bernoulli_loss);
   m.impl("bernoulli_grad_native", bernoulli_grad);
   m.impl("gumbel_activation_native", gumbel_activation);

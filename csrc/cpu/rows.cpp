@@ -1,10 +1,10 @@
 // Besides what rows.h declares: gol_kernels::scale_grad__native on the CPU.
 #include "rows.h"
 
-#include <torch/library.h>
-
 #include <cmath>
 #include <limits>
+
+#include "../registration.h"
 
 namespace gol {
 namespace cpu {
@@ -90,7 +90,7 @@ at::Tensor empty_grad(const Rows& rows, bool compute_grad) {
   return at::empty(rows.logits.sizes(), rows.logits.options(), at::MemoryFormat::Contiguous);
 }
 
-TORCH_LIBRARY_IMPL(gol_kernels, CPU, m) { m.impl("scale_grad__native", scale_grad_); }
+void register_rows(torch::Library& m) { m.impl("scale_grad__native", scale_grad_); }
 
 }  // namespace cpu
 }  // namespace gol

@@ -1,8 +1,7 @@
 // gol_kernels::softmax_{loss,grad}_native and label_counts_native on the CPU.
-#include <torch/library.h>
-
 #include <cmath>
 
+#include "../registration.h"
 #include "power_table.h"
 #include "rows.h"
 
@@ -112,7 +111,7 @@ at::Tensor label_counts(const at::Tensor& labels, int64_t num_classes, int64_t i
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gol_kernels, CPU, m) {
+void register_softmax(torch::Library& m) {
   m.impl("softmax_loss_native", softmax_loss);
   m.impl("softmax_grad_native", softmax_grad);
   m.impl("label_counts_native", label_counts);

@@ -3,11 +3,11 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <limits>
 
+#include "../registration.h"
 #include "bernoulli.h"
 #include "rows.h"
 
@@ -109,9 +109,35 @@ void set_reweight(const RowArguments& a, const Options& o, BernoulliArgs* args, 
   if (tables->class_table.defined()) args->class_table = tables->class_table.const_data_ptr();
 }
 
+// The factors are multiplied by numbers near 1.
+bool fits_float32(const Options& o) {
+  return o.reweight != "seesaw" || seesaw_fits_float32(o.p, o.q, o.eps, 120);
+}
+
+void run(const RowArguments& a, const Options& o, const at::Tensor* upstream_loss, at::Tensor* loss,
+         at::Tensor* grad, at::Tensor* statistics, Rows* rows);
+
+void run_in_float64(const RowArguments& a, const Options& o, const at::Tensor* upstream_loss,
+                    at::Tensor* loss, at::Tensor* grad, at::Tensor* statistics) {
+  const at::Tensor logits = a.logits.to(at::kDouble);
+  const RowArguments wide{a.op,          logits,         a.labels,    a.row_weights, a.avg_factor,
+                          a.num_classes, a.ignore_index, a.reduction, a.scale,       false};
+  Rows rows = prepare_rows(wide);
+  at::Tensor wide_loss = empty_loss(rows, a.reduction), wide_grad = empty_grad(rows, grad != nullptr);
+  run(wide, o, upstream_loss, loss != nullptr ? &wide_loss : nullptr, grad != nullptr ? &wide_grad : nullptr,
+      statistics, &rows);
+  if (loss != nullptr) loss->copy_(wide_loss);
+  if (grad != nullptr) grad->copy_(wide_grad);
+}
+
 // Fills loss, grad and statistics, as far as they are not null. upstream: the gradient of the loss, or null.
 void run(const RowArguments& a, const Options& o, const at::Tensor* upstream_loss, at::Tensor* loss,
          at::Tensor* grad, at::Tensor* statistics, Rows* rows) {
+  if (rows->dtype != DType::kFloat64 && !fits_float32(o))
+    return run_in_float64(a, o, upstream_loss, loss, grad, statistics);
+  constexpr int64_t kMost = 1 << 30;
+  TORCH_CHECK_VALUE(a.logits.size(0) < kMost && a.logits.size(1) < kMost, a.op,
+                    ": logits must have fewer than 2^30 rows and columns, got ", a.logits.sizes());
   BernoulliArgs args{};
   Tables tables;
   Prologue prologue;
@@ -192,7 +218,7 @@ at::Tensor bernoulli_grad(const at::Tensor& grad_loss, const at::Tensor& logits,
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gol_kernels, CUDA, m) {
+void register_bernoulli(torch::Library& m) {
   m.impl("bernoulli_loss_native", bernoulli_loss);
   m.impl("bernoulli_grad_native", bernoulli_grad);
 }

@@ -25,7 +25,7 @@ template <class N, bool kReleased, bool kWhole> struct FlatGumbel : GumbelLink<N
 
   explicit FlatGumbel(const LinkOptions& o)
       : GumbelLink<N, kReleased>(o), nothing((kLog2Log2E - 8) * kLn2 * o.temperature) {}
-  static bool fits(const LinkOptions& o) { return !kWhole || o.clip_max <= 11 * o.temperature; }
+  static bool fits(const LinkOptions& o) { return !kWhole || o.clip_max <= 10.9 * o.temperature; }
   __device__ __forceinline__ N clipped(N z) const { return this->clip(z); }
   __device__ __forceinline__ NegativeTerm<N> inside(N zc) const {
     const auto t = this->template parts_inside<kWhole>(zc);

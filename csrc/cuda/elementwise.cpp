@@ -6,8 +6,8 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
+#include "../registration.h"
 #include "rows.h"
 
 namespace gol {
@@ -83,7 +83,7 @@ at::Tensor label_counts(const at::Tensor& labels, int64_t num_classes, int64_t i
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gol_kernels, CUDA, m) {
+void register_elementwise(torch::Library& m) {
   m.impl("gumbel_activation_native", gumbel_activation);
   m.impl("gumbel_activation_grad_native", gumbel_activation_grad);
   m.impl("scale_grad__native", scale_grad_);

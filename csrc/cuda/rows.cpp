@@ -4,6 +4,8 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <cmath>
+
 namespace gol {
 namespace cuda {
 
@@ -67,6 +69,11 @@ Upstream upstream(const char* op, at::Tensor* grad_loss, const Rows& rows) {
                     grad_loss->device(), ", logits on ", rows.logits.device());
   *grad_loss = grad_loss->to(number_of(rows.logits));
   return {grad_loss->const_data_ptr(), grad_loss->numel() == 1 ? 0 : grad_loss->stride(0)};
+}
+
+bool seesaw_fits_float32(double p, double q, double eps, double max_bits) {
+  constexpr double kCountBits = 40;
+  return p * kCountBits <= max_bits && q * -std::log2(eps) <= max_bits;
 }
 
 void multiply_weights(Rows* rows, const at::Tensor& factor) {

@@ -31,6 +31,10 @@ Reals reals(at::Tensor* t);
 // Of a 0-d tensor or one number for each row. *grad_loss is converted in place.
 Upstream upstream(const char* op, at::Tensor* grad_loss, const Rows& rows);
 
+// Whether fp32 holds Seesaw's factors, powers of counts and of eps, in so many bits. The counts themselves
+// are not read on the host: they are taken to be below 2^40.
+bool seesaw_fits_float32(double p, double q, double eps, double max_bits);
+
 // Multiplies the rows' weights by one number each.
 void multiply_weights(Rows* rows, const at::Tensor& factor);
 

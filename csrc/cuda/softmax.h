@@ -27,9 +27,10 @@ struct SoftmaxArgs {
 // Overwrites all of grad and loss. Where loss is one number, the prologue went before.
 cudaError_t launch_softmax(const SoftmaxArgs&, cudaStream_t);
 
-// Of its two kernels the fast one, for rows that registers hold.
-bool fits_registers(const SoftmaxArgs&);
-cudaError_t launch_softmax_registers(const SoftmaxArgs&, cudaStream_t);
+// The fast one of its two kernels, for fp32, bf16 and fp16 rows that registers hold. One translation unit for
+// each type, which compile side by side.
+constexpr int kMaxRegisterColumns = 32768;
+template <class T> cudaError_t launch_softmax_registers(const SoftmaxArgs&, cudaStream_t);
 
 }  // namespace cuda
 }  // namespace gol

@@ -1,5 +1,6 @@
 // Softmax cross-entropy of rows of any kind: any width, any alignment, fp64. A block for each row, which is
-// read once for the sum, once more for Seesaw's, and once for the gradient.
+// read once for the sum, once more for Seesaw's, and once for the gradient. And the choice between this
+// kernel and the one in registers.
 #include "softmax_row.cuh"
 
 namespace gol {
@@ -98,10 +99,23 @@ __global__ void __launch_bounds__(kThreads) softmax_general(const __grid_constan
   ends.finish();
 }
 
+// A row's logits and its gradient begin at the same place of a vector.
+bool fits_registers(const SoftmaxArgs& a) {
+  const int64_t size = a.dtype == DType::kFloat32 ? 4 : 2;
+  const auto unlike = reinterpret_cast<uintptr_t>(a.logits) - reinterpret_cast<uintptr_t>(a.grad);
+  const bool alike = unlike % 16 == 0 && (a.row_stride - a.num_columns) * size % 16 == 0;
+  return a.dtype != DType::kFloat64 && a.num_softmax <= kMaxRegisterColumns && (a.grad == nullptr || alike) &&
+         a.rows.num_rows < int64_t{1} << 30 && a.row_stride < int64_t{1} << 31;
+}
+
 }  // namespace
 
 cudaError_t launch_softmax(const SoftmaxArgs& a, cudaStream_t stream) {
-  if (fits_registers(a)) return launch_softmax_registers(a, stream);
+  if (fits_registers(a)) {
+    return for_dtype<false>(a.dtype, [&](auto* storage) {
+      return launch_softmax_registers<std::remove_pointer_t<decltype(storage)>>(a, stream);
+    });
+  }
   return for_dtype(a.dtype, [&](auto* storage) {
     const auto kernel = softmax_general<std::remove_pointer_t<decltype(storage)>>;
     return launch(kernel, resident_blocks(kernel, kThreads, a.rows.num_rows, 1), kThreads, stream, a);

@@ -2,11 +2,11 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <cmath>
 #include <limits>
 
+#include "../registration.h"
 #include "rows.h"
 #include "softmax.h"
 
@@ -22,11 +22,9 @@ struct Options {
   bool objectness;
 };
 
-// Whether fp32 holds Seesaw's factors, powers of counts below 2^40 and of eps, with room for what they
-// multiply. The counts themselves are not read on the host.
+// With room for the exponentials that the factors multiply.
 bool fits_float32(const Options& o) {
-  constexpr double kMaxBits = 60, kCountBits = 40;
-  return o.reweight != "seesaw" || (o.p * kCountBits <= kMaxBits && o.q * -std::log2(o.eps) <= kMaxBits);
+  return o.reweight != "seesaw" || seesaw_fits_float32(o.p, o.q, o.eps, 60);
 }
 
 void set_columns(const RowArguments& a, const Options& o, SoftmaxArgs* args) {
@@ -141,7 +139,7 @@ at::Tensor softmax_grad(const at::Tensor& grad_classes, const at::Tensor& grad_o
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gol_kernels, CUDA, m) {
+void register_softmax(torch::Library& m) {
   m.impl("softmax_loss_native", softmax_loss);
   m.impl("softmax_grad_native", softmax_grad);
 }

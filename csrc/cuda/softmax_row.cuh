@@ -31,7 +31,7 @@ template <int kWarps, class N> struct RowThreads {
     if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = x;
     __syncthreads();
     x = of_warp[0];
-#pragma unroll
+#pragma unroll 4  // 16 at once would take the registers of a wide row
     for (int w = 1; w < kWarps; ++w) x = op(x, of_warp[w]);
     return x;
   }

@@ -18,8 +18,10 @@ except ModuleNotFoundError as error:
         raise
     _reason = "the extension gol_kernels._C was not built (python -m gol_kernels.info says how)"
 except (ImportError, OSError, RuntimeError) as error:
-    # Built against another torch, or a library is missing: the package stays usable without it.
-    _reason = f"the extension gol_kernels._C does not load: {error}"
+    # Built against another torch or for other ops, or a library is missing: the package stays usable without
+    # it. The first lines say what; after those of torch's errors comes a stack of calls.
+    _what = " ".join(map(str.strip, str(error).splitlines()[:2]))
+    _reason = f"the extension gol_kernels._C does not load: {_what}"
 
 
 # Device types that this build has kernels for.

@@ -1,8 +1,9 @@
 // CUDA on one CPU thread: what csrc/cuda uses of it, so that its sources, unchanged, can be compiled by a C++
 // compiler and run where there is no GPU. Blocks run one after the other. The threads of a block are fibers
 // that yield at barriers, shuffles and votes, so indices, shared memory and the order of stores are those of
-// a GPU; a collective that not all threads reach is reported. Memory order between threads and speed are not
-// emulated.
+// a GPU; a collective that not all threads reach is reported. Between two of them the threads run one after
+// the other, in some blocks backwards: what a thread reads of another without a barrier in between is wrong in
+// one of the two orders. Special functions err as much as a GPU's may. Memory order and speed are not emulated.
 #pragma once
 
 #include <ucontext.h>
@@ -16,6 +17,8 @@
 #include <stdexcept>
 #include <utility>
 #include <vector>
+
+#include "special_functions.h"
 
 #define __host__
 #define __device__
@@ -66,6 +69,7 @@ struct Block {
   Barrier barrier;
   unsigned running = 0;
   bool progress = false;
+  bool backwards = false;
   const char* error = nullptr;
   ucontext_t scheduler;
 };
@@ -133,7 +137,8 @@ template <class Body> void run_block(const Body& body) {
   }
   for (unsigned left = threads; left > 0;) {
     block.progress = false;
-    for (unsigned t = 0; t < threads; ++t) {
+    for (unsigned i = 0; i < threads; ++i) {
+      const unsigned t = block.backwards ? threads - 1 - i : i;
       if (block.fibers[t].done) continue;
       block.running = t;
       threadIdx.x = t;
@@ -183,8 +188,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return cudaErrorInvalidConfiguration;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
-  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
+  for (unsigned i = 0; i < gridDim.x; ++i) {
+    emulation::block.backwards = !emulation::block.backwards;
+    blockIdx.x = emulation::block.backwards ? gridDim.x - 1 - i / 2 : i / 2;
     emulation::run_block([&] { kernel(static_cast<Parameters>(arguments)...); });
+  }
   return cudaSuccess;
 }
 

@@ -9,11 +9,12 @@
 //   e_j min(P_j, P_y) max(e_j, limit)^q   and   e_y P_y limit^q
 // which for q = 2 takes no second exponential; for another q, e_j max(e_j, limit)^q = 2^(x_j + q max(x_j,
 // log2 limit)) is one.
+#pragma once
+
 #include "softmax_row.cuh"
 
 namespace gol {
 namespace cuda {
-namespace {
 
 enum class Mode { kPlain, kPrior, kSeesawSquare, kSeesaw };
 
@@ -128,11 +129,11 @@ template <class T, Mode kMode, class S> class RegisterRow {
     if (std::fabs(highest) > 0x1p20f) {
       offset = 0;
       z_label -= highest;
-      for_values([&](float& v, int) { v -= highest; });
+      for_values([&](float& v) { v -= highest; });
     }
     const auto x = [&](float logit) { return fma(logit, static_cast<float>(kLog2E), offset); };
     float sum = 0;
-    for_values([&](float& v, int) {
+    for_values([&](float& v) {
       v = x(v);
       const float e = exp2(v);
       sum += e;
@@ -185,11 +186,11 @@ template <class T, Mode kMode, class S> class RegisterRow {
     return k < kSure || thread_ + k * kStep < columns_.vectors;
   }
 
-  // body(value, k): of every column of the thread, in its vector k; kVectors for the column on an edge.
+  // Every column of the thread.
   template <class Body> __device__ __forceinline__ void for_values(const Body& body) {
 #pragma unroll
-    for (int i = 0; i < S::kColumns; ++i) body(value_[i], i / kSize);
-    body(edge_value_, kVectors);
+    for (float& v : value_) body(v);
+    body(edge_value_);
   }
 
   // value_ becomes the logits, -inf where the row has no column. Returns the highest, label's included.
@@ -338,8 +339,7 @@ template <class T, Mode kMode, class S> cudaError_t launch_shape(const SoftmaxAr
                 a);
 }
 
-constexpr int kMaxWidth = 32768;  // of the vectors
-
+// Of up to kMaxRegisterColumns columns.
 template <class T, Mode kMode> cudaError_t launch_mode(const SoftmaxArgs& a, cudaStream_t stream) {
   constexpr bool kSmall = sizeof(T) == 2;  // whose loads need more warps to hide behind
   const int w = a.num_softmax / Vector<T>::kSize * Vector<T>::kSize;
@@ -350,27 +350,15 @@ template <class T, Mode kMode> cudaError_t launch_mode(const SoftmaxArgs& a, cud
   if (w <= 5120) return launch_shape<T, kMode, Shape<4, 40, 3072, 4>>(a, stream);
   if (w <= 10240) return launch_shape<T, kMode, Shape<8, 40, 5120, 2>>(a, stream);
   if (w <= 16384) return launch_shape<T, kMode, Shape<8, 64, 10240, 2>>(a, stream);
-  return launch_shape<T, kMode, Shape<16, 64, 16384, 1>>(a, stream);
+  if (w <= 24576) return launch_shape<T, kMode, Shape<16, 48, 16384, 1>>(a, stream);
+  return launch_shape<T, kMode, Shape<16, 64, 24576, 1>>(a, stream);
 }
 
-}  // namespace
-
-bool fits_registers(const SoftmaxArgs& a) {
-  const int64_t size = a.dtype == DType::kFloat32 ? 4 : 2;
-  const auto unlike = reinterpret_cast<uintptr_t>(a.logits) - reinterpret_cast<uintptr_t>(a.grad);
-  const bool alike = unlike % 16 == 0 && (a.row_stride - a.num_columns) * size % 16 == 0;
-  return a.dtype != DType::kFloat64 && a.num_softmax <= kMaxWidth && (a.grad == nullptr || alike) &&
-         a.rows.num_rows < int64_t{1} << 30 && a.row_stride < int64_t{1} << 31;
-}
-
-cudaError_t launch_softmax_registers(const SoftmaxArgs& a, cudaStream_t stream) {
-  return for_dtype<false>(a.dtype, [&](auto* storage) {
-    using T = std::remove_pointer_t<decltype(storage)>;
-    if (a.reweight == SoftmaxReweight::kNone) return launch_mode<T, Mode::kPlain>(a, stream);
-    if (a.reweight == SoftmaxReweight::kPrior) return launch_mode<T, Mode::kPrior>(a, stream);
-    if (a.q == 2) return launch_mode<T, Mode::kSeesawSquare>(a, stream);
-    return launch_mode<T, Mode::kSeesaw>(a, stream);
-  });
+template <class T> cudaError_t launch_softmax_registers(const SoftmaxArgs& a, cudaStream_t stream) {
+  if (a.reweight == SoftmaxReweight::kNone) return launch_mode<T, Mode::kPlain>(a, stream);
+  if (a.reweight == SoftmaxReweight::kPrior) return launch_mode<T, Mode::kPrior>(a, stream);
+  if (a.q == 2) return launch_mode<T, Mode::kSeesawSquare>(a, stream);
+  return launch_mode<T, Mode::kSeesaw>(a, stream);
 }
 
 }  // namespace cuda
