@@ -97,18 +97,23 @@ class Shape:
             ("__nv_bfloat16", "float"), (bfloat16, float32), self.blocks, strict=True
         ):
             arguments = f"{mode}, Shape<{self.warps}, {self.held}, {self.before}, {blocks}>"
-            registers = min(128, 65536 // (blocks * 32 * max(4, self.warps)) // 8 * 8)
+            warps = 4 if self.warps == 1 else self.warps  # of a block
+            registers = min(128, 65536 // (blocks * 32 * warps) // 8 * 8)
             share = self.columns / (32 * self.warps)
             vectors = self.held // ELEMENTS[name]
             yield Plan("softmax_registers", arguments, name, *plan, registers, (), vectors, share)
 
 
-LVIS, WIDE, WIDER = (
+OBJECTS365, LVIS, DOUBLE, WIDE, WIDER = (
+    Shape(365, 1, 16, 256, (8, 8)),
     Shape(1204, 1, 40, 1024, (6, 5)),
+    Shape(2048, 2, 32, 1280, (12, 10)),
     Shape(5120, 4, 40, 3072, (4, 4)),
     Shape(21841, 16, 48, 16384, (1, 1)),
 )
 PLANS += [
+    *OBJECTS365.plans(SEESAW_SQUARE, (34, 2), (34, 2)),
+    *DOUBLE.plans(SEESAW_SQUARE, (22, 1.2), (22, 1.2)),
     *LVIS.plans(PLAIN, (12, 1.1), (11, 1.1)),
     *LVIS.plans(PRIOR, (14, 1.1), (13, 1.1)),
     *LVIS.plans(SEESAW_SQUARE, (22, 1.2), (17.4, 1.2)),

@@ -344,9 +344,11 @@ template <class T, Mode kMode> cudaError_t launch_mode(const SoftmaxArgs& a, cud
   constexpr bool kSmall = sizeof(T) == 2;  // whose loads need more warps to hide behind
   const int w = a.num_softmax / Vector<T>::kSize * Vector<T>::kSize;
   if (w <= 256) return launch_shape<T, kMode, Shape<1, 8, 0, 8>>(a, stream);
-  if (w <= 1024) return launch_shape<T, kMode, Shape<1, 32, 256, kSmall ? 6 : 5>>(a, stream);
+  if (w <= 512) return launch_shape<T, kMode, Shape<1, 16, 256, 8>>(a, stream);
+  if (w <= 1024) return launch_shape<T, kMode, Shape<1, 32, 512, kSmall ? 6 : 5>>(a, stream);
   if (w <= 1280) return launch_shape<T, kMode, Shape<1, 40, 1024, kSmall ? 6 : 5>>(a, stream);
-  if (w <= 3072) return launch_shape<T, kMode, Shape<4, 24, 1280, 5>>(a, stream);
+  if (w <= 2048) return launch_shape<T, kMode, Shape<2, 32, 1280, kSmall ? 12 : 10>>(a, stream);
+  if (w <= 3072) return launch_shape<T, kMode, Shape<4, 24, 2048, 5>>(a, stream);
   if (w <= 5120) return launch_shape<T, kMode, Shape<4, 40, 3072, 4>>(a, stream);
   if (w <= 10240) return launch_shape<T, kMode, Shape<8, 40, 5120, 2>>(a, stream);
   if (w <= 16384) return launch_shape<T, kMode, Shape<8, 64, 10240, 2>>(a, stream);
