@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         append(options.records, [demo.record(run) for run in options.runs])
     elif options.command == "plot":
         _draw(options)
+    elif options.command == "scale":
+        from .scale import run
+
+        return run.run(options)
     elif options.command == "gpu":
         return _run_on_gpu(options)
     elif options.command == "worker":
@@ -197,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     worker = commands.add_parser("worker", parents=[settings], help="measure in this process's malloc mode")
     worker.add_argument("malloc", choices=tuple(MALLOC_MODES))
     worker.add_argument("output", type=Path)
+    _add_scale(commands.add_parser("scale", help="the trainer at LVIS's size: measure and record"))
     _add_gpu(commands.add_parser("gpu", parents=[common], help="measure on the GPU and record"))
     readme = commands.add_parser("readme", help="write the README's tables")
     readme.add_argument("--records", type=Path, default=RECORDS)
@@ -212,6 +217,15 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--folder", type=Path, default=PLOTS)
     plot.add_argument("--only", choices=("cpu", "gpu"))
     return parser
+
+
+def _add_scale(scale: argparse.ArgumentParser) -> None:
+    scale.add_argument("--small", action="store_true", help="sizes of seconds; recorded only with --records")
+    scale.add_argument("--parts", nargs="+", metavar="PART", help="default: all, see bench/scale/parts.py")
+    scale.add_argument(
+        "--folder", type=Path, help="for 4 GB of files that are kept (default: a temporary one)"
+    )
+    scale.add_argument("--records", type=Path, help="default: bench/records/scale.jsonl")
 
 
 def _add_gpu(gpu: argparse.ArgumentParser) -> None:

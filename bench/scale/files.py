@@ -1,8 +1,8 @@
 """Made-up files of LVIS's size: annotations, photo-like JPEGs, detections. Equal seeds give equal files.
 
-What costs time and memory is drawn as LVIS v1 has it: 1203 classes, of which 28 % are in at most 10 of 100,170
-images and 34 % in more than 100; 12.7 instances an image; polygons of about fifty points; images of about
-640 x 480 pixels. What the pictures show and where the objects lie is noise.
+What costs time and memory is drawn as LVIS v1 has it: 1203 classes, of which 28 % are in at most 10 of the
+100,170 images and 34 % in more than 100; 12.7 instances an image; polygons of about fifty points; images of
+about 640 x 480 pixels. What the pictures show and where the objects lie is noise.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from detector.evaluation import Detections
 SIDES = ((480, 640), (640, 480), (427, 640), (480, 640), (640, 427), (375, 500))  # height, width
 CHUNK = 20_000  # instances drawn at a time
 LOG_IMAGES = NormalDist(3.64, 2.29)  # of the logarithm of a class's number of images
-MOST_IMAGES, OF_IMAGES = 1977, 100_170  # LVIS v1: a class is annotated in at most so many of the training images
+MOST_IMAGES, OF_IMAGES = (
+    1977,
+    100_170,
+)  # LVIS v1: a class is annotated in at most so many of the training images
 NEGATIVES, NOT_EXHAUSTIVE = 8, 1  # classes of an image, on average
 
 
@@ -39,8 +42,8 @@ class Size:
     classes: int = 1203
     detections: int = 300
     jpegs: int = 48
-    subset: int = 2_001  # validation images that the lvis package can hold; odd, so that two ranks differ
-    samples: int = 1_200  # training images that are loaded
+    subset: int = 1_001  # validation images that the lvis package can hold; odd, so that two ranks differ
+    samples: int = 1_000  # training images that are loaded
     proposals: int = 1_000
     anchors: tuple[int, int] = (800, 1008)  # image (height, width) with 200,655 anchors on five levels
     objects: int = 500
@@ -49,6 +52,24 @@ class Size:
 
 FULL = Size()
 SMALL = Size(60, 700, 21, 240, 40, 12, 4, 11, 16, 50, (96, 128), 20, 20)
+
+
+SIZES = {"full": FULL, "small": SMALL}
+TRAIN, VAL, SUBSET = "train.json", "val.json", "subset.json"
+
+
+def make_files(folder: Path, size: Size) -> None:
+    """All files for one size. A complete one is left as it is: equal sizes give equal files."""
+    write_images(folder / "train2017", size.jpegs)
+    wanted = {
+        TRAIN: (size.train_images, size.train_instances),
+        VAL: (size.val_images, size.val_instances),
+        SUBSET: (size.subset, size.subset * size.val_instances // size.val_images),
+    }
+    for seed, (name, (images, instances)) in enumerate(wanted.items()):
+        if not (folder / name).exists():
+            write_annotations(folder / f"{name}.tmp", images, instances, size, seed)
+            (folder / f"{name}.tmp").rename(folder / name)
 
 
 def write_images(folder: Path, count: int, seed: int = 0) -> None:
@@ -64,7 +85,7 @@ def write_images(folder: Path, count: int, seed: int = 0) -> None:
         for _ in range(12):
             top, left = rng.integers(height), rng.integers(width)
             edge = (slice(top, top + 20 + rng.integers(150)), slice(left, left + 20 + rng.integers(150)))
-            plane[:, *edge] += rng.normal(0, plane.std())
+            plane[(slice(None), *edge)] += rng.normal(0, plane.std())
         pixels = (128 + 55 * plane / plane.std()).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / _image_name(k), quality=90)
 
@@ -235,8 +256,11 @@ def ellipses(boxes: np.ndarray, height: int, width: int) -> list[dict[str, objec
 
 
 def _compress(counts: np.ndarray, begins: np.ndarray) -> list[str]:
-    """COCO's text of runs: from the fourth on differences to the run two before; groups of five bits, low first,
-    in characters from 48 on, 32 added where more follow."""
+    """COCO's text of runs, one for each stretch that begins at `begins`.
+
+    From the fourth run on, differences to the run two before; groups of five bits, low first, in characters
+    from 48 on, 32 added where more follow.
+    """
     place = np.arange(len(counts)) - np.repeat(begins, np.diff(begins, append=len(counts)))
     value = counts.copy()
     value[2:] -= np.where(place[2:] > 2, counts[:-2], 0)
