@@ -1,0 +1,125 @@
+"""The bench at LVIS's size, on small files: these are sound, every part runs, limits can be missed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+from bench import records
+from bench.__main__ import main
+from bench.scale import report
+from bench.scale.files import (
+    SMALL,
+    TRAIN,
+    VAL,
+    draw_detections,
+    make_files,
+    write_annotations,
+)
+from bench.scale.findings import compare, finding
+from bench.scale.parts import PARTS
+from detector.data import LvisAnnotations, check_data
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's account of memory")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scale")
+    make_files(folder, SMALL)
+    return folder
+
+
+def test_files_are_sound_lvis_files_of_the_size(folder: Path, tmp_path: Path) -> None:
+    for name, images, instances in (
+        (TRAIN, SMALL.train_images, SMALL.train_instances),
+        (VAL, SMALL.val_images, SMALL.val_instances),
+    ):
+        found = LvisAnnotations.from_file(folder / name)
+        assert (found.version, len(found), found.num_instances) == ("LVIS v1", images, instances)
+        assert found.num_classes == SMALL.classes
+        stated = [c["image_count"] for c in json.loads((folder / name).read_text())["categories"]]
+        assert found.image_count.tolist() == stated
+        assert not check_data(folder / name, folder).problems
+    write_annotations(tmp_path / VAL, SMALL.val_images, SMALL.val_instances, SMALL, 1)
+    assert (tmp_path / VAL).read_bytes() == (folder / VAL).read_bytes()
+
+
+def test_outlines_fill_their_boxes(folder: Path) -> None:
+    found = LvisAnnotations.from_file(folder / VAL)
+    for k in range(len(found)):
+        objects = found.instances(k)
+        for box, area, (outline,) in zip(objects.boxes, objects.areas, objects.segmentations, strict=True):
+            points = outline.reshape(-1, 2)
+            np.testing.assert_allclose([*points.min(axis=0), *points.max(axis=0)], box, atol=0.011)
+            assert 0 < area <= (box[2] - box[0]) * (box[3] - box[1]) + 0.01
+
+
+def test_masks_of_detections_are_pycocotools_own_text(folder: Path) -> None:
+    truth = LvisAnnotations.from_file(folder / VAL)
+    for found in draw_detections(truth, 12, masks=True, images=range(len(truth))):
+        assert len(found) == 12
+        assert (np.diff(found.scores) <= 0).all()
+        for box, rle in zip(found.boxes, found.masks or [], strict=True):
+            plane = coco_mask.decode(rle)
+            assert coco_mask.encode(plane)["counts"].decode() == rle["counts"]
+            x, _, width, height = coco_mask.toBbox(rle)
+            assert (x, width) == (box[0], box[2] - box[0])
+            assert 0.5 * (box[3] - box[1]) <= height <= box[3] - box[1]
+
+
+@pytest.mark.parametrize("name", ["evaluate_masks", "agreement", "select", "match"])
+def test_parts_find_equal_results(folder: Path, name: str) -> None:
+    for row in PARTS[name](folder, SMALL):
+        if row["unit"] == "":
+            assert row["passed"], row
+        if "metrics" in row:
+            assert all(metrics["AP"] > 0.05 for metrics in row["metrics"].values())
+    assert not list(folder.glob("*.rank*"))
+
+
+def test_command_records_and_prints(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = tmp_path / "scale.jsonl"
+    arguments = ["--small", "--folder", str(folder), "--records", str(store)]
+    code = main(["scale", "--parts", "rasterise", "data", *arguments])
+    rows = records.read(store)
+    assert code == int(any(row["passed"] is False for row in rows))
+    assert {row["part"] for row in rows} == {"rasterise", "data"}
+    assert {"commit", "versions", "machine", "load_average"} <= rows[0].keys()
+    assert next(row for row in rows if row["what"].startswith("a worker's own memory"))["value"] > 0
+    assert len(capsys.readouterr().out.splitlines()) >= len(rows)
+
+    with pytest.raises(ValueError, match="nothing was measured at the full size"):
+        report.table(rows)
+    again = [{**row, "size": "full", "value": 1e9, "passed": False} for row in rows[:1]]
+    table = report.table([{**row, "size": "full"} for row in rows] + again)
+    assert table.count("**missed**") == 1 + sum(row["passed"] is False for row in rows[1:])
+    assert "| 1,000,000,000 " in table
+    with pytest.raises(SystemExit, match="parts are data,"):
+        main(["scale", "--parts", "hinge", *arguments])
+
+
+def test_a_failing_part_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_files(tmp_path, SMALL)
+    (tmp_path / VAL).write_text("{}")
+    assert main(["scale", "--small", "--folder", str(tmp_path), "--parts", "rasterise"]) == 2
+
+
+def test_limits_can_be_missed() -> None:
+    assert finding("x", 61, "s", at_most=60)["passed"] is False
+    assert finding("x", 60, "s", at_most=60)["passed"] is True
+    assert finding("x", 2.4, "images/s", at_least=2.5)["passed"] is False
+    assert finding("x", 1, "s")["passed"] is None
+    rows = compare("x", lambda: torch.zeros(3), lambda: torch.tensor([0, 0, 1]), rounds=1, faster=False)
+    assert rows[-1]["value"] == 1
+    assert rows[-1]["passed"] is False
+    big = 100 << 20
+    rows = compare("x", lambda: torch.ones(big).sum(), lambda: torch.tensor(big), rounds=1, faster=False)
+    assert rows[1]["value"] > 350
+    assert rows[1]["passed"] is False
