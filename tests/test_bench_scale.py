@@ -11,7 +11,8 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from bench import records
+from bench import demo, records
+from bench import report as cpu_report
 from bench.__main__ import main
 from bench.scale import report
 from bench.scale.files import (
@@ -95,14 +96,41 @@ def test_command_records_and_prints(folder: Path, tmp_path: Path, capsys: pytest
     assert next(row for row in rows if row["what"].startswith("a worker's own memory"))["value"] > 0
     assert len(capsys.readouterr().out.splitlines()) >= len(rows)
 
-    with pytest.raises(ValueError, match="nothing was measured at the full size"):
-        report.table(rows)
-    again = [{**row, "size": "full", "value": 1e9, "passed": False} for row in rows[:1]]
-    table = report.table([{**row, "size": "full"} for row in rows] + again)
-    assert table.count("**missed**") == 1 + sum(row["passed"] is False for row in rows[1:])
-    assert "| 1,000,000,000 " in table
     with pytest.raises(SystemExit, match="parts are data,"):
         main(["scale", "--parts", "hinge", *arguments])
+
+
+def row(what: str, value: float, passed: bool | None, size: str = "full") -> records.Row:
+    facts = {"dirty": False, "commit": "0123abc", "date": "2026-01-02T03:04:05", "load_average": [1.5, 1, 1]}
+    machine = {"machine": {"cpu": "a CPU", "cores": 2}, "versions": {"torch": "2"}, "size": size}
+    found = finding(what, value, "s", at_most=60, beside={"wall clock, s": 70.0})
+    return facts | machine | found | {"passed": passed}
+
+
+def test_readme_shows_the_newest_finding_of_the_full_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("newest_complete", "tables"):
+        monkeypatch.setattr(f"bench.__main__.{name}", lambda *_: "")
+    monkeypatch.setattr("bench.demo.table", lambda _: "")
+    readme, store, empty = (tmp_path / name for name in ("README.md", "scale.jsonl", "empty.jsonl"))
+    empty.touch()
+    pairs = ((cpu_report.BEGIN, cpu_report.END), (demo.BEGIN, demo.END), (report.BEGIN, report.END))
+    readme.write_text("".join(f"{begin}old{end}" for begin, end in pairs))
+    paths = {"--records": empty, "--demo-records": empty, "--scale-records": store, "--readme": readme}
+    options = [str(part) for pair in {**paths, "--gpu-records": tmp_path / "none"}.items() for part in pair]
+    with pytest.raises(ValueError, match="nothing was measured at the full size"):
+        report.table([row("read", 1.0, True, "small")])
+    records.append(store, [row("read", 61.0, False), row("write", 0.25, True), row("read", 42.0, True)])
+    main(["readme", *options])
+    text = readme.read_text()
+    assert "| read | 42.0 s | ≤ 60.0 | passed | wall clock, s: 70.0 |" in text
+    assert "| write | 0.25 s | ≤ 60.0 | passed |" in text
+    assert "61" not in text
+    assert "old" not in text
+    records.append(store, [row("read", 61.0, False)])
+    main(["readme", *options])
+    assert "| read | 61.0 s | ≤ 60.0 | **missed** |" in readme.read_text()
 
 
 def test_a_failing_part_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,6 @@ from bench.records import ROOT, append, environment, read
 from bench.scale.parts import FILES, PARTS
 from bench.scale.report import line
 
-RECORDS = ROOT / "bench" / "records" / "scale.jsonl"
-
 
 def run(options: argparse.Namespace) -> int:
     """0; 1 when a limit was missed, 2 when a part failed."""
@@ -22,7 +20,6 @@ def run(options: argparse.Namespace) -> int:
     if unknown:
         raise SystemExit(f"python -m bench scale: parts are {', '.join(PARTS)}, not {', '.join(unknown)}")
     size = "small" if options.small else "full"
-    records = options.records or (None if options.small else RECORDS)
     facts, rows, failed = environment(), [], False
     with tempfile.TemporaryDirectory() as scratch:
         files = options.folder or Path(scratch)
@@ -32,8 +29,9 @@ def run(options: argparse.Namespace) -> int:
             load = {"load_average": list(os.getloadavg())}
             failed = bool(subprocess.run(command, cwd=ROOT, check=False).returncode) or failed
             found = [facts | load | row for row in read(output)] if output.exists() else []
-            print(*map(line, found), sep="\n", flush=True)
-            if records is not None:
-                append(records, found)
+            for row in found:
+                print(line(row), flush=True)
+            if options.records is not None:
+                append(options.records, found)
             rows += found
     return 2 if failed else int(any(row["passed"] is False for row in rows))
