@@ -90,6 +90,8 @@ def _worker_options(num_workers: int, pin_memory: bool) -> dict[str, Any]:
 
 
 def _leave_what_is_shared(worker: int) -> None:
-    """Keeps the garbage collector off what was there before the fork: to visit an object is to write to it, and
-    so to copy its page of memory."""
+    """Keeps the garbage collector off what was there before the fork.
+
+    To visit an object is to write to it, and so to copy its page of memory.
+    """
     gc.freeze()
