@@ -221,6 +221,9 @@ class TestMergeResults:
         part_path(path, 0).write_text(whole[:-lost])
         with pytest.raises(ValueError, match=r"rank0: broken or cut off at detection [2-4]"):
             merge_results([part_path(path, 0)], path)
+        part_path(path, 0).write_text(whole.partition("\n")[2])
+        with pytest.raises(ValueError, match=r"rank0: broken or cut off at detection 0"):
+            merge_results([part_path(path, 0)], path)
         assert not path.exists()
 
     def test_a_missing_part_is_named_and_nothing_is_lost(self, tmp_path: Path) -> None:
