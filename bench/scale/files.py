@@ -48,10 +48,11 @@ class Size:
     anchors: tuple[int, int] = (800, 1008)  # image (height, width) with 200,655 anchors on five levels
     objects: int = 500
     masks: int = 300  # rasterised at a time
+    rounds: int = 9  # of what is timed against each other
 
 
 FULL = Size()
-SMALL = Size(60, 700, 21, 240, 40, 12, 4, 11, 16, 50, (96, 128), 20, 20)
+SMALL = Size(60, 700, 21, 240, 40, 12, 4, 11, 16, 50, (96, 128), 20, 20, 3)
 
 
 SIZES = {"full": FULL, "small": SMALL}

@@ -1,4 +1,4 @@
-"""The README's table of what the trainer does at LVIS's size, from the newest finding of each kind."""
+"""The README's table of what the trainer does at LVIS's size, from the last run of each part."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ def line(row: Row) -> str:
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
-    """Of every finding at the full size the last; in the order of the parts."""
-    last = {row["what"]: row for row in rows if row["size"] == "full"}
-    if not last:
+    """What the last run of each part at the full size found, in the order of the records."""
+    rows = [row for row in rows if row["size"] == "full"]
+    if not rows:
         raise ValueError("nothing was measured at the full size")
-    return list(last.values())
+    last = {row["part"]: row["run"] for row in rows}
+    return [row for row in rows if row["run"] == last[row["part"]]]
 
 
 def table(rows: Sequence[Row]) -> str:

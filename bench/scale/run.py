@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 from bench.records import ROOT, append, environment, read
-from bench.scale.parts import FILES, PARTS
+from bench.scale.files import SIZES, make_files
+from bench.scale.parts import PARTS
 from bench.scale.report import line
 
 
@@ -23,7 +24,8 @@ def run(options: argparse.Namespace) -> int:
     facts, rows, failed = environment(), [], False
     with tempfile.TemporaryDirectory() as scratch:
         files = options.folder or Path(scratch)
-        for name in (FILES, *(options.parts or PARTS)):
+        make_files(files, SIZES[size])
+        for name in options.parts or PARTS:
             output = Path(scratch) / f"{name}.jsonl"
             command = [sys.executable, "-m", "bench.scale.parts", name, str(files), size, str(output)]
             load = {"load_average": list(os.getloadavg())}

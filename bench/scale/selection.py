@@ -69,7 +69,7 @@ def select(folder: Path, size: Size) -> list[Row]:
             f"select {size.detections} of {size.proposals} x {size.classes} scores, {share} above 1e-4",
             partial(select_detections, *arguments),
             partial(straightforward, *arguments),
-            rounds=3,
+            rounds=size.rounds // 3,
             faster=True,
             passing=int((scores > 1e-4).sum()),
         )
@@ -89,6 +89,6 @@ def match(folder: Path, size: Size) -> list[Row]:
         f"match {len(truth)} objects with {len(anchors):,} anchors",
         lambda: match_boxes(truth, anchors, foreground=0.7, background=0.3, keep_best=True),
         lambda: Matcher(0.7, 0.3, True)(box_iou(truth, anchors)),
-        rounds=3,
+        rounds=size.rounds // 3,
         faster=False,
     )
