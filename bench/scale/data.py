@@ -45,7 +45,7 @@ def data(folder: Path, size: Size) -> list[Row]:
     what = f"read the annotations of {len(annotations):,} images, {annotations.num_instances:,} instances"
     file_mb = (folder / TRAIN).stat().st_size / 2**20
     return [
-        finding(what, taken.cpu, "s", at_most=60, wall_s=taken.wall, file_mb=file_mb),
+        finding(what, taken.cpu, "s", at_most=60, beside={"wall clock, s": taken.wall}, file_mb=file_mb),
         finding("its peak memory", peak, "GiB", at_most=2, beside={"imports alone, GiB": imports}),
         *_workers(annotations, folder, size),
         *_one_core(annotations, folder, size),

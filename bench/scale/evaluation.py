@@ -39,7 +39,7 @@ def _evaluate(folder: Path, size: Size, kinds: tuple[str, ...]) -> list[Row]:
         cpu, wall, peak, metrics = pool.apply(_judge, (folder / VAL, results, kinds))
     results.unlink()
     what = f"evaluate {name} of {count:,} detections in {size.val_images:,} images"
-    seconds = {"at_most": SECONDS[kinds[-1]], "wall_s": wall, "results_mb": results_mb, "metrics": metrics}
+    seconds = {"at_most": SECONDS[kinds[-1]], "results_mb": results_mb, "metrics": metrics}
     growth = max(memory) - memory[len(memory) // 20]
     return [
         finding(what, cpu, "s", beside={"wall clock, s": wall}, **seconds),
