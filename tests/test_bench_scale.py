@@ -141,13 +141,13 @@ def test_readme_shows_the_newest_finding_of_the_full_size(
     )
     main(["readme", *options])
     text = readme.read_text()
-    assert "| read | 42.0 s | ≤ 60.0 | passed | wall clock, s: 70.0 |" in text
-    assert "| write | 0.25 s | ≤ 60.0 | passed |" in text
+    assert "| read | 42 s | ≤ 60 | passed | wall clock, s: 70 |" in text
+    assert "| write | 0.25 s | ≤ 60 | passed |" in text
     assert "61" not in text
     assert "old" not in text
     records.append(store, [row("3", "read", 61.0, False)])
     main(["readme", *options])
-    assert "| read | 61.0 s | ≤ 60.0 | **missed** |" in readme.read_text()
+    assert "| read | 61 s | ≤ 60 | **missed** |" in readme.read_text()
 
 
 def test_a_failing_part_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

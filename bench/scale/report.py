@@ -36,8 +36,8 @@ def table(rows: Sequence[Row]) -> str:
     )
     loads = [row["load_average"][0] for row in rows]
     parts = [
-        "Times are CPU time of all threads, what an idle machine takes at most; memory is the peak of the "
-        "whole process, or what it grew by.",
+        "Seconds are CPU time of all threads, about what an idle machine takes at most; memory is the peak "
+        "of the whole process, or what it grew by.",
         markdown(["At LVIS's size", "found", "limit", "", "beside"], lines),
         *(_by_side(row["microseconds"]) for row in rows if "microseconds" in row),
         f"{last['machine']['cpu']}, {last['machine']['cores']} cores, load average {min(loads):.1f} to "
@@ -62,9 +62,7 @@ def _by_side(microseconds: dict[str, float]) -> str:
 
 
 def _number(value: float) -> str:
-    if value == 0 or abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.2g}" if abs(value) < 1 else f"{value:.1f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _value(row: Row) -> str:
