@@ -143,6 +143,7 @@ def test_readme_shows_the_newest_finding_of_the_full_size(
     text = readme.read_text()
     assert "| read | 42 s | ≤ 60 | passed | wall clock, s: 70 |" in text
     assert "| write | 0.25 s | ≤ 60 | passed |" in text
+    assert text.index("| read |") < text.index("| write |")
     assert "61" not in text
     assert "old" not in text
     records.append(store, [row("3", "read", 61.0, False)])

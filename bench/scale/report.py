@@ -18,12 +18,12 @@ def line(row: Row) -> str:
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
-    """What the last run of each part at the full size found, in the order of the records."""
+    """What the last run of each part at the full size found, parts in the order of the first run."""
     rows = [row for row in rows if row["size"] == "full"]
     if not rows:
         raise ValueError("nothing was measured at the full size")
     last = {row["part"]: row["run"] for row in rows}
-    return [row for row in rows if row["run"] == last[row["part"]]]
+    return [row for part in last.items() for row in rows if (row["part"], row["run"]) == part]
 
 
 def table(rows: Sequence[Row]) -> str:
