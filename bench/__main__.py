@@ -26,6 +26,7 @@ from .report import BEGIN, END, replace_between, tables, target_lines
 RECORDS = ROOT / "bench" / "records" / "cpu.jsonl"
 GPU_RECORDS = RECORDS.with_name("gpu.jsonl")
 DEMO_RECORDS = RECORDS.with_name("demo.jsonl")
+SCALE_RECORDS = RECORDS.with_name("scale.jsonl")
 PLOTS = ROOT / "bench" / "plots"
 
 
@@ -40,6 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         append(options.records, [demo.record(run) for run in options.runs])
     elif options.command == "plot":
         _draw(options)
+    elif options.command == "scale":
+        from .scale import run
+
+        if options.records is None and not options.small:
+            options.records = SCALE_RECORDS
+        return run.run(options)
     elif options.command == "gpu":
         return _run_on_gpu(options)
     elif options.command == "worker":
@@ -66,8 +73,9 @@ def _draw(options: argparse.Namespace) -> None:
 
 
 def _write_readme(options: argparse.Namespace) -> None:
-    """Of the GPU nothing is written while nothing was measured."""
+    """Of the GPU, and of LVIS's size, nothing is written while nothing was measured."""
     from . import demo
+    from .scale import report as scale
 
     speed = newest_complete(read(options.records), CASES, MALLOC_MODES)
     replace_between(options.readme, BEGIN, END, tables(speed))
@@ -75,6 +83,8 @@ def _write_readme(options: argparse.Namespace) -> None:
     if options.gpu_records.exists():
         rows = device_report.newest(read(options.gpu_records))
         replace_between(options.readme, device_report.BEGIN, device_report.END, device_report.tables(rows))
+    if options.scale_records.exists():
+        replace_between(options.readme, scale.BEGIN, scale.END, scale.table(read(options.scale_records)))
 
 
 def _measure(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
@@ -198,11 +208,13 @@ def _parser() -> argparse.ArgumentParser:
     worker = commands.add_parser("worker", parents=[settings], help="measure in this process's malloc mode")
     worker.add_argument("malloc", choices=tuple(MALLOC_MODES))
     worker.add_argument("output", type=Path)
+    _add_scale(commands.add_parser("scale", help="the trainer at LVIS's size: measure and record"))
     _add_gpu(commands.add_parser("gpu", parents=[common], help="measure on the GPU and record"))
     readme = commands.add_parser("readme", help="write the README's tables")
     readme.add_argument("--records", type=Path, default=RECORDS)
     readme.add_argument("--gpu-records", type=Path, default=GPU_RECORDS)
     readme.add_argument("--demo-records", type=Path, default=DEMO_RECORDS)
+    readme.add_argument("--scale-records", type=Path, default=SCALE_RECORDS)
     readme.add_argument("--readme", type=Path, default=ROOT / "README.md")
     demo_runs = commands.add_parser("demo", help="record finished runs of the demo")
     demo_runs.add_argument("runs", type=Path, nargs="+", metavar="RUN_FOLDER")
@@ -213,6 +225,15 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--folder", type=Path, default=PLOTS)
     plot.add_argument("--only", choices=("cpu", "gpu"))
     return parser
+
+
+def _add_scale(scale: argparse.ArgumentParser) -> None:
+    scale.add_argument("--small", action="store_true", help="files of seconds instead of LVIS's size")
+    scale.add_argument("--parts", nargs="+", metavar="PART", help="default: all, see bench/scale/parts.py")
+    scale.add_argument(
+        "--folder", type=Path, help="for 4 GB of files that are kept (default: a temporary one)"
+    )
+    scale.add_argument("--records", type=Path, help=f"{SCALE_RECORDS.relative_to(ROOT)}; with --small: none")
 
 
 def _add_gpu(gpu: argparse.ArgumentParser) -> None:

@@ -1,7 +1,8 @@
 """The record file: one JSON object a line, only ever appended to. Tables and plots are made from it alone.
 
 A line of kind "speed" is one provider on one case under one malloc mode; of kind "accuracy", one provider's
-errors on one case; of kind "device", one provider on one case at one size on a GPU. Each says by itself when,
+errors on one case; of kind "device", one provider on one case at one size on a GPU; of kind "scale", one
+figure of the trainer at LVIS's size with its limit. Each says by itself when,
 where and with what it was measured.
 """
 

@@ -151,7 +151,12 @@ def _train(options: argparse.Namespace) -> int:
 
 def _add_evaluate(commands: Commands) -> None:
     parser = _command(
-        commands, "evaluate", _evaluate, "judge a trained run, or a results file, by the LVIS protocol"
+        commands,
+        "evaluate",
+        _evaluate,
+        "judge a trained run, or a results file, by the LVIS protocol",
+        epilog="Several processes: torchrun --nproc-per-node 8 -m -- detector evaluate --run RUN "
+        "(without the --, torchrun takes --run for its own)",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", metavar="RUN", type=Path, help="a run's folder, or a checkpoint file")

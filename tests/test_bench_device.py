@@ -363,6 +363,7 @@ def test_readme_and_plot_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     empty = str(tmp_path / "empty.jsonl")
     shared = ["--records", empty, "--gpu-records", str(store)]
     write = ["readme", *shared, "--demo-records", empty, "--readme", str(readme)]
+    write += ["--scale-records", str(tmp_path / "none.jsonl")]
     main(write)
     main(["plot", *shared, "--folder", str(tmp_path / "plots")])
     assert "GB/s" not in readme.read_text()

@@ -99,6 +99,8 @@ class _Reader:
 
     def _peek(self) -> str:
         """The next character that is not white space, "" at the end of the file."""
+        if self.text[self.at : self.at + 1] > " ":
+            return self.text[self.at]
         while True:
             found = _NOT_SPACE.search(self.text, self.at)
             self.at = found.start() if found else len(self.text)

@@ -6,6 +6,7 @@ every worker to one thread.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,15 @@ def _worker_options(num_workers: int, pin_memory: bool) -> dict[str, Any]:
         "num_workers": num_workers,
         "pin_memory": pin_memory and torch.cuda.is_available(),
         "persistent_workers": num_workers > 0,
+        "worker_init_fn": _leave_what_is_shared,
         # Starting a loader draws a seed: not from the global stream, which a resumed run must find unchanged.
         "generator": torch.Generator(),
     }
+
+
+def _leave_what_is_shared(worker: int) -> None:
+    """Keeps the garbage collector off what was there before the fork.
+
+    To visit an object is to write to it, and so to copy its page of memory.
+    """
+    gc.freeze()

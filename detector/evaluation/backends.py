@@ -22,6 +22,7 @@ from detector.evaluation.inputs import ResultsSummary
 # classes by ascending id, areas all, small, medium, large; -1 where a class has no annotation.
 Curves = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 Dataset = dict[str, list[dict[str, Any]]]
+# A backend may empty the list of annotations that it is given.
 Backend = Callable[[Dataset, str | os.PathLike[str], Sequence[str], int, ResultsSummary], Curves]
 
 
@@ -35,6 +36,7 @@ def _hotcoco_curves(
     import hotcoco
 
     truth = hotcoco.COCO(dataset)
+    dataset["annotations"].clear()  # hotcoco has its own of them, and the peak is still to come
     detections = hotcoco.LVISResults(truth, os.fspath(results_file), max_dets=max_dets)
     if summary.may_hold_empty:  # lvis drops them, too, after they took their places in the cap per image
         above_zero = [float(np.nextafter(0, 1)), float(np.finfo(np.float64).max)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import defaultdict
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from detector.data.annotations import frequency_group
+from detector.data.json_stream import JsonError, iter_members
 from detector.evaluation.results import iterate_results
 
 FREQUENCIES = ("r", "c", "f")
@@ -45,15 +45,7 @@ def load_truth(
     Raises:
         ValueError: the file is no annotation file or holds a record that cannot be evaluated; names it.
     """
-    with open(path, encoding="utf-8") as file:
-        try:
-            raw = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from None
-    sections = ("images", "annotations", "categories")
-    if not isinstance(raw, dict) or not all(isinstance(raw.get(section), list) for section in sections):
-        raise ValueError(f"{path}: an annotation file must hold the lists {', '.join(sections)}")
-
+    raw = _read_sections(path, with_masks)
     notes: list[str] = []
     categories = sorted(raw["categories"], key=lambda category: category["id"])
     images = _load_images(raw["images"], [category["id"] for category in categories], path, notes)
@@ -69,6 +61,31 @@ def load_truth(
         "categories": _load_categories(categories, annotations, groups or {}, path, notes),
     }
     return Truth(dataset, image_sizes, category_ids, tuple(notes))
+
+
+def _read_sections(path: str | os.PathLike[str], with_masks: bool) -> dict[str, Records]:
+    """The three lists of the file, of the annotations only what the evaluation looks at.
+
+    Read as a stream: a decoded file of LVIS's size takes gigabytes, and the garbage collector goes through it
+    again and again while it grows.
+    """
+    sections: dict[str, Records] = {"images": [], "annotations": [], "categories": []}
+    keys, seen = {*_annotation_keys(with_masks), "id", "ignore", "iscrowd"}, set()
+    try:
+        for section, entry in iter_members(os.fspath(path)):
+            seen.add(section)
+            if section not in sections or entry == []:
+                continue
+            if not isinstance(entry, dict):
+                raise ValueError(f"{path}: an entry of {section!r} must be an object, got {str(entry)[:80]}")
+            if section == "annotations":
+                entry = {key: value for key, value in entry.items() if key in keys}
+            sections[section].append(entry)
+    except JsonError as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from None
+    if not seen >= set(sections):
+        raise ValueError(f"{path}: an annotation file must hold the lists {', '.join(sections)}")
+    return sections
 
 
 def _load_images(images: Records, category_ids: list[int], path: object, notes: list[str]) -> Records:

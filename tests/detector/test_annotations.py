@@ -148,6 +148,18 @@ def test_crowd_zero_area_and_multi_part(tmp_path):
     np.testing.assert_array_equal(annotations.instance_count, [2, 0, 0])
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 1e39, 1e30])
+def test_outlines_may_be_huge_but_must_be_finite(tmp_path, number):
+    polygon = [*TRIANGLE, number, 1.0]
+    entries = [annotation_entry(5, segmentation=[TRIANGLE, polygon])]
+    if number == 1e30:
+        found = load(tmp_path, annotations=entries).instances(0).segmentations[0][1]
+        np.testing.assert_array_equal(found, np.array(polygon, dtype=np.float32))
+    else:
+        with pytest.raises(AnnotationError, match=r"annotation 5: broken segmentation: .* not finite"):
+            load(tmp_path, annotations=entries)
+
+
 def test_both_kinds_of_rle_give_the_same_mask(tmp_path):
     plane = np.zeros((48, 64), dtype=np.uint8, order="F")
     plane[7:31, 12:50] = 1

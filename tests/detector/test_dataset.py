@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -281,6 +283,16 @@ def test_the_global_random_state_has_no_say(dozen):
     state = torch.get_rng_state()
     assert_same_batches(first, train_batches(dozen, 0))
     assert torch.equal(state, torch.get_rng_state())  # nor is it moved
+
+
+def test_workers_keep_the_collector_off_the_parents_objects(dozen):
+    """Those of every imported module, of which a worker would otherwise copy page after page."""
+    before = gc.get_freeze_count()
+    loader, sampler = build_train_loader(*dozen, batch_size=2, min_sizes=(40,), max_size=90, num_workers=1)
+    loader.dataset.transform = lambda image, target, rng: (image, {"frozen": gc.get_freeze_count()})
+    sampler.set_position(0)
+    assert all(target["frozen"] > before + 10_000 for _, targets in loader for target in targets)
+    assert gc.get_freeze_count() == before
 
 
 def test_the_eval_loader_gives_every_image_once_over_all_ranks(dozen):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from detector.cli import main
 from detector.config import load_config, save_config
 from detector.engine.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from detector.engine.distributed import Process
-from detector.engine.infer import load_run, to_detections
+from detector.engine.infer import detect_all, load_run, to_detections
 from detector.engine.log import LossMeter, RunLogger
 from detector.engine.paste import encode_mask
 from detector.engine.run_folder import CHECKPOINT, FILES
@@ -92,6 +93,28 @@ def test_detections_return_to_the_original_pixels():
     assert detections.boxes.tolist() == [[10.0, 10.0, 30.0, 79.0]]  # the bottom, 80, is cut to the image
     assert detections.masks[0]["size"] == [79, 30]
     assert coco_mask.area(detections.masks[0]) == 20 * 69
+
+
+def test_detections_leave_the_model_image_by_image():
+    """However many images there are, what the model gave for at most two of them is alive at a time."""
+    outputs: list[weakref.ref] = []
+    alive, seen = [], []
+
+    class Model(torch.nn.Module):
+        def forward(self, images):
+            masks = torch.ones(1, 28, 28)
+            outputs.append(weakref.ref(masks))
+            alive.append(sum(output() is not None for output in outputs))
+            box, one = torch.tensor([[2.0, 2, 6, 6]]), torch.tensor([1])
+            return [{"boxes": box, "scores": one.float(), "labels": one, "masks": masks}]
+
+    batches = (
+        ([torch.zeros(3, 8, 8)], [{"image_id": k, "scale": (1.0, 1.0), "original_size": (8, 8)}])
+        for k in range(20)
+    )
+    detect_all(Model(), batches, lambda found: seen.append(found.image_id))
+    assert seen == list(range(20))
+    assert max(alive) <= 2
 
 
 def test_unreadable_checkpoints_are_named(tmp_path):

@@ -15,7 +15,7 @@ import torch
 
 from detector.config import Config, save_config
 from detector.engine.checkpoint import load_checkpoint
-from detector.engine.run_folder import CHECKPOINT
+from detector.engine.run_folder import CHECKPOINT, METRICS, RESULTS
 from detector.engine.train import Trainer, train
 from tests.detector.ranks import error_lines, start_ranks, train_only, training_rows
 from tests.detector.test_resume import assert_same
@@ -142,6 +142,28 @@ def test_a_run_of_two_goes_on_in_one_or_in_two(config, alone, two, capsys, monke
     for part in ("step", "epoch", "batch", "model", "optimizer"):
         saved = (load_checkpoint(run / CHECKPOINT)[part] for run in (two, again.run_dir))
         assert_same(*saved, part)
+
+
+def test_two_ranks_evaluate_as_one(alone):
+    """An odd number of images: each is seen once, with the same detections, and judged the same.
+
+    (After "--" torchrun does not take --run for one of its own options.)
+    """
+    metrics, found = [], []
+    for ranks in (1, 2):
+        output = alone.with_name(f"evaluated_by_{ranks}")
+        options = ["--run", str(alone), "--output", str(output), "eval.max_detections=30"]
+        process = start_ranks(ranks, "-m", "--", "detector", "evaluate", *options)
+        table, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert table.count("APr") == 1
+        metrics.append(json.loads((output / METRICS).read_text())["metrics"])
+        rows = json.loads((output / RESULTS).read_text())
+        assert {row["image_id"] for row in rows} == set(range(1, 14))
+        found.append(sorted(rows, key=lambda row: (row["image_id"], -row["score"])))
+        assert not list(output.glob("*.rank*"))
+    assert found[0] == found[1]
+    assert metrics[0] == metrics[1]
 
 
 def rank_process(torchrun: int, rank: int) -> int:

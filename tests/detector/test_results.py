@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,20 @@ class TestResultsWriter:
                 writer.add(Detections(2, [[0, 0, 1, 1]], [0.5], [3]))
 
 
+def test_memory_does_not_grow_with_the_detections(tmp_path: Path) -> None:
+    """2,000 images of 50 detections, a file of 12 MB; of each image only its id is kept."""
+    rng = np.random.default_rng(0)
+    boxes = rng.random((50, 4)).cumsum(axis=1)
+    tracemalloc.start()
+    with ResultsWriter(tmp_path / "results.json", CATEGORY_IDS) as writer:
+        for image_id in range(2_000):
+            writer.add(Detections(image_id, boxes, rng.random(50), rng.integers(3, size=50)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "results.json").stat().st_size > 10e6
+    assert peak < 1e6
+
+
 class TestMergeResults:
     def test_images_of_several_ranks_are_kept_once(self, tmp_path: Path) -> None:
         path = tmp_path / "results.json"
@@ -184,6 +199,32 @@ class TestMergeResults:
                 writer.add(some_detections(image_id, image_id))
         assert list(iterate_results(path)) == list(iterate_results(tmp_path / "one.json"))
         assert sorted(found.name for found in tmp_path.iterdir()) == ["one.json", "results.json"]
+
+    def test_lines_are_kept_as_they_are(self, tmp_path: Path) -> None:
+        path = tmp_path / "results.json"
+        lines = []
+        for rank in range(2):
+            with ResultsWriter(part_path(path, rank), CATEGORY_IDS) as writer:
+                for image_id in range(rank, 5, 2):
+                    writer.add(some_detections(image_id, 3))
+            lines += [row.rstrip(",") for row in part_path(path, rank).read_text().splitlines()[1:-1]]
+        merge_results([part_path(path, 0), part_path(path, 1)], path)
+        assert [row.rstrip(",") for row in path.read_text().splitlines()[1:-1]] == lines
+        assert len(json.loads(path.read_text())) == 15
+
+    @pytest.mark.parametrize("lost", [1, 2, 3, 40, 200])
+    def test_a_part_that_is_cut_off_is_refused(self, tmp_path: Path, lost: int) -> None:
+        path = tmp_path / "results.json"
+        with ResultsWriter(part_path(path, 0), CATEGORY_IDS) as writer:
+            writer.add(some_detections(1, 4))
+        whole = part_path(path, 0).read_text()
+        part_path(path, 0).write_text(whole[:-lost])
+        with pytest.raises(ValueError, match=r"rank0: broken or cut off at detection [2-4]"):
+            merge_results([part_path(path, 0)], path)
+        part_path(path, 0).write_text(whole.partition("\n")[2])
+        with pytest.raises(ValueError, match=r"rank0: broken or cut off at detection 0"):
+            merge_results([part_path(path, 0)], path)
+        assert not path.exists()
 
     def test_a_missing_part_is_named_and_nothing_is_lost(self, tmp_path: Path) -> None:
         path = tmp_path / "results.json"
