@@ -27,6 +27,7 @@ RECORDS = ROOT / "bench" / "records" / "cpu.jsonl"
 GPU_RECORDS = RECORDS.with_name("gpu.jsonl")
 DEMO_RECORDS = RECORDS.with_name("demo.jsonl")
 SCALE_RECORDS = RECORDS.with_name("scale.jsonl")
+SCALE_README = ROOT / "bench" / "scale" / "README.md"
 PLOTS = ROOT / "bench" / "plots"
 
 
@@ -84,7 +85,9 @@ def _write_readme(options: argparse.Namespace) -> None:
         rows = device_report.newest(read(options.gpu_records))
         replace_between(options.readme, device_report.BEGIN, device_report.END, device_report.tables(rows))
     if options.scale_records.exists():
-        replace_between(options.readme, scale.BEGIN, scale.END, scale.table(read(options.scale_records)))
+        replace_between(
+            options.scale_readme, scale.BEGIN, scale.END, scale.table(read(options.scale_records))
+        )
 
 
 def _measure(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
@@ -216,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     readme.add_argument("--demo-records", type=Path, default=DEMO_RECORDS)
     readme.add_argument("--scale-records", type=Path, default=SCALE_RECORDS)
     readme.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    readme.add_argument("--scale-readme", type=Path, default=SCALE_README)
     demo_runs = commands.add_parser("demo", help="record finished runs of the demo")
     demo_runs.add_argument("runs", type=Path, nargs="+", metavar="RUN_FOLDER")
     demo_runs.add_argument("--records", type=Path, default=DEMO_RECORDS)

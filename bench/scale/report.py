@@ -42,7 +42,7 @@ def table(rows: Sequence[Row]) -> str:
         *(_by_side(row["microseconds"]) for row in rows if "microseconds" in row),
         f"{last['machine']['cpu']}, {last['machine']['cores']} cores, load average {min(loads):.1f} to "
         f"{max(loads):.1f}; torch {last['versions']['torch']}; commit {runs}; {last['date'][:10]}. Made by "
-        "`python -m bench readme` from [bench/records/scale.jsonl](bench/records/scale.jsonl).",
+        "`python -m bench readme` from [bench/records/scale.jsonl](../records/scale.jsonl).",
     ]
     return "\n\n".join(parts)
 
