@@ -265,7 +265,8 @@ def test_seesaw_factors_that_float32_does_not_hold(
         for backend, z in ((native_backend, logits), ("reference", logits.double()))
     ]
     (loss, grad), (expected_loss, expected) = results
-    bound = 2e-6 + 12 * cases.special_error()  # the power's
+    # An exponent of 2 near 80 is rounded by up to 4e-6, the logarithms in it are off by an ulp or two.
+    bound = 8e-6 + 12 * cases.special_error()
     torch.testing.assert_close(loss.double(), expected_loss, rtol=bound, atol=0)
     assert relative_l2(grad, expected) < bound
 
