@@ -49,6 +49,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     for panel, malloc in zip(panels, MALLOC_MODES, strict=True):
         _panel(panel, [row for row in rows if row["malloc"] == malloc], cases, series)
         panel.set_title(_TITLES[malloc], fontsize=10)
+    figure.supxlabel("times faster than the released formula in eager PyTorch", fontsize=10)
     first = rows[0]
     figure.suptitle(
         f"Loss and gradient of float32 logits [{first['N']}, {first['K']}], {first['threads']} thread"
@@ -80,10 +81,10 @@ def draw_device(path: Path, rows: Sequence[Row]) -> None:
         panel.set_yticks(range(len(cases)), [CASES[case].title for case in cases])
         panel.set_ylim(len(cases) - 0.5, -0.5)
         panel.set_title(dtype, fontsize=10)
-        panel.set_xlabel("speed, a device-to-device copy of the logits is 100 %")
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         panel.axvline(1, color="#333333", linewidth=1)
         _plain(panel)
+    figure.supxlabel("speed, a device-to-device copy of the logits is 100 %", fontsize=10)
     first = rows[0]
     figure.suptitle(
         f"Loss and gradient of logits [{device_report.LARGE}, {device_report.COLUMNS}], "
@@ -150,7 +151,6 @@ def _panel(panel: Axes, rows: Sequence[Row], cases: Sequence[str], series: Seque
     panel.set_yticks(range(len(cases)), [CASES[case].title for case in cases])
     panel.set_ylim(len(cases) - 0.5, -0.5)
     panel.set_xscale("log")
-    panel.set_xlabel("times faster than the released formula in eager PyTorch")
     panel.xaxis.set_major_locator(FixedLocator([0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200]))
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     panel.xaxis.set_minor_locator(NullLocator())
