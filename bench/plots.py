@@ -49,12 +49,12 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     for panel, malloc in zip(panels, MALLOC_MODES, strict=True):
         _panel(panel, [row for row in rows if row["malloc"] == malloc], cases, series)
         panel.set_title(_TITLES[malloc], fontsize=10)
-    figure.supxlabel("times faster than the released formula in eager PyTorch", fontsize=10)
     first = rows[0]
     figure.suptitle(
         f"Loss and gradient of float32 logits [{first['N']}, {first['K']}], {first['threads']} thread"
         f"{'s' if first['threads'] > 1 else ''}, "
-        f"{first['machine']['cpu'].split(' (')[0]}, torch {first['versions']['torch']}",
+        f"{first['machine']['cpu'].split(' (')[0]}, torch {first['versions']['torch']}\n"
+        f"times faster than the released formula in eager PyTorch",
         fontsize=11,
     )
     handles, labels = panels[0].get_legend_handles_labels()
@@ -84,11 +84,11 @@ def draw_device(path: Path, rows: Sequence[Row]) -> None:
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         panel.axvline(1, color="#333333", linewidth=1)
         _plain(panel)
-    figure.supxlabel("speed, a device-to-device copy of the logits is 100 %", fontsize=10)
     first = rows[0]
     figure.suptitle(
         f"Loss and gradient of logits [{device_report.LARGE}, {device_report.COLUMNS}], "
-        f"{first['machine']['gpus'][0].split(',')[0]}, torch {first['versions']['torch']}",
+        f"{first['machine']['gpus'][0].split(',')[0]}, torch {first['versions']['torch']}\n"
+        f"speed, a device-to-device copy of the logits is 100 %",
         fontsize=11,
     )
     handles, labels = panels[0][0].get_legend_handles_labels()
