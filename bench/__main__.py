@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from . import demo
 
         append(options.records, [demo.record(run) for run in options.runs])
+        demo.draw(options.runs[0], options.folder / "demo_predictions.jpg")
     elif options.command == "plot":
         _draw(options)
     elif options.command == "scale":
@@ -220,9 +221,10 @@ def _parser() -> argparse.ArgumentParser:
     readme.add_argument("--scale-records", type=Path, default=SCALE_RECORDS)
     readme.add_argument("--readme", type=Path, default=ROOT / "README.md")
     readme.add_argument("--scale-readme", type=Path, default=SCALE_README)
-    demo_runs = commands.add_parser("demo", help="record finished runs of the demo")
+    demo_runs = commands.add_parser("demo", help="record finished runs of the demo, and draw its picture")
     demo_runs.add_argument("runs", type=Path, nargs="+", metavar="RUN_FOLDER")
     demo_runs.add_argument("--records", type=Path, default=DEMO_RECORDS)
+    demo_runs.add_argument("--folder", type=Path, default=PLOTS, help="of the picture of the first run")
     plot = commands.add_parser("plot", help="draw the newest complete runs")
     plot.add_argument("--records", type=Path, default=RECORDS)
     plot.add_argument("--gpu-records", type=Path, default=GPU_RECORDS)

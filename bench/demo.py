@@ -6,13 +6,16 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from detector.config import load_config
-from detector.engine.run_folder import CONFIG, LOG, METRICS, read_environment
+from detector.engine.run_folder import CONFIG, LOG, METRICS, PREDICTIONS, read_environment
 from detector.evaluation import format_markdown
 
 from .records import Row, named
 
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
+PICTURE_WIDTH, PICTURE_SHAPE = 1200, 0.84  # pixels, and height over width: three rows of the page
 
 
 def record(run_dir: Path) -> Row:
@@ -46,6 +49,13 @@ def record(run_dir: Path) -> Row:
         "protocol": evaluation["protocol"],
         "metrics": evaluation["metrics"],
     }
+
+
+def draw(run_dir: Path, path: Path) -> None:
+    """The upper part of a run's page of predictions, small enough for the README, as JPEG."""
+    with Image.open(run_dir / PREDICTIONS) as page:
+        top = page.convert("RGB").crop((0, 0, page.width, round(PICTURE_SHAPE * page.width)))
+    top.resize((PICTURE_WIDTH, round(PICTURE_SHAPE * PICTURE_WIDTH))).save(path, quality=88)
 
 
 def table(rows: Sequence[Row]) -> str:

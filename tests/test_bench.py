@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from bench import demo, records, report
@@ -208,6 +209,9 @@ def _finished_run(folder: Path) -> Path:
     start = {**info.environment(), "date": "2026-01-02T03:04:05+00:00", "commit": "0123abc", "dirty": False}
     resumed = {**start, "date": "2026-01-03T03:04:05+00:00", "dirty": True}
     (run / "environment.json").write_text(json.dumps([start, resumed]))
+    page = Image.new("RGB", (500, 900))
+    page.paste("white", (0, 0, 500, 420))
+    page.save(run / "predictions.png")
     return run
 
 
@@ -215,7 +219,11 @@ def test_readme_tables_stand_between_the_markers(tmp_path: Path) -> None:
     path, store = tmp_path / "README.md", tmp_path / "cpu.jsonl"
     records.append(store, _rows("1", ratio=12.0) + _rows("2"))
     demo_store = tmp_path / "demo.jsonl"
-    assert main(["demo", str(_finished_run(tmp_path)), "--records", str(demo_store)]) == 0
+    run = _finished_run(tmp_path)
+    assert main(["demo", str(run), "--records", str(demo_store), "--folder", str(tmp_path)]) == 0
+    with Image.open(tmp_path / "demo_predictions.jpg") as picture:
+        assert picture.size == (1200, 1008)
+        assert min(picture.getpixel((600, 990))) > 250  # all of it from the page's upper part
     path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\n{demo.BEGIN}{demo.END}\nafter\n")
     arguments = ["readme", "--records", str(store), "--readme", str(path), "--demo-records", str(demo_store)]
     arguments += ["--scale-records", str(tmp_path / "none.jsonl")]
