@@ -67,15 +67,15 @@ GOL_FN Vec power_slope(Vec f) {
   const Vec p = fma(Vec(0.05549622), f, Vec(0.24025763));
   return fma(p, f, Vec(0.69314721));
 }
-// Below 2^-126 the result is 0; n must stay below 128.
-GOL_FN Vec exp2_of_sum(Vec on_top, Vec f) {
+// 2^on_top (1 + f slope), 0 where 2^on_top is below 2^-126; on_top must stay below 128.
+GOL_FN Vec power(Vec on_top, Vec f, Vec slope) {
   const Vec t = power_on_top(on_top);
   const __m256 normal = _mm256_cmp_ps(on_top.v, _mm256_set1_ps(kOnTop - 126.f), _CMP_NLT_UQ);
-  return _mm256_and_ps(normal, fma(t * f, power_slope(f), t).v);  // NaN stays
+  return _mm256_and_ps(normal, fma(t * f, slope, t).v);  // NaN stays
 }
 GOL_FN Vec exp2(Vec x) {
-  const Vec n = x + Vec(kOnTop);
-  return exp2_of_sum(n, x - (n - Vec(kOnTop)));
+  const Vec n = x + Vec(kOnTop), f = x - (n - Vec(kOnTop));
+  return power(n, f, power_slope(f));
 }
 // The factor log2(e) is in the table.
 GOL_FN Vec exp2_times_log2e(Vec x, Vec rate) {
@@ -98,11 +98,13 @@ GOL_FN Complements<Vec> complements(Vec x) {
   const Vec u = fma(f, p, _mm256_castsi256_ps(looked_up(table, n)));
   return {fma(t, u, t), fnma(t, u, Vec(1.0) - t)};
 }
-// e^x with x * log2(e) in two pieces: 1 ulp where exp2(x * log2(e)) would lose |x| ulp.
+// e^x = 2^n e^f, f = x - n ln 2 without rounding but that of ln 2, 2e-9 n; where exp2(x * log2(e)) would lose
+// |x| ulp. e^f = 1 + f * slope with the polynomial of power_slope.
 GOL_FN Vec exp(Vec x) {
   const Vec n = fma(x, Vec(kLog2E), Vec(kOnTop));
-  const Vec f = fma(x, Vec(kLog2E), Vec(kOnTop) - n);
-  return exp2_of_sum(n, fma(x, Vec(kLog2E - static_cast<float>(kLog2E)), f));
+  const Vec f = fnma(n - Vec(kOnTop), Vec(kLn2), x);
+  const Vec p = fma(Vec(0.1666429787), f, Vec(0.5000647785));
+  return power(n, f, fma(p, f, Vec(1.000000042)));
 }
 
 // log2 of a positive normal number: exponent + 2/ln2 * atanh((m - 1) / (m + 1)), m in [3/4, 3/2).

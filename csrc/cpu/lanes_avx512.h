@@ -71,15 +71,15 @@ GOL_FN Vec power_slope(Vec f) {
   const Vec p = fma(Vec(0.05550213649), f, Vec(0.240234288));
   return fma(p, f, Vec(0.6931471827));
 }
-// Below 2^-126 the result is 0; n must stay below 128.
-GOL_FN Vec exp2_of_sum(Vec on_top, Vec f) {
+// 2^on_top (1 + f slope), 0 where 2^on_top is below 2^-126; on_top must stay below 128.
+GOL_FN Vec power(Vec on_top, Vec f, Vec slope) {
   const Vec t = power_on_top(on_top);
   const Mask normal = _mm512_cmp_ps_mask(on_top.v, _mm512_set1_ps(kOnTop - 126.f), _CMP_NLT_UQ);
-  return _mm512_maskz_fmadd_ps(normal, (t * f).v, power_slope(f).v, t.v);  // NaN stays
+  return _mm512_maskz_fmadd_ps(normal, (t * f).v, slope.v, t.v);  // NaN stays
 }
 GOL_FN Vec exp2(Vec x) {
-  const Vec n = x + Vec(kOnTop);
-  return exp2_of_sum(n, x - (n - Vec(kOnTop)));
+  const Vec n = x + Vec(kOnTop), f = x - (n - Vec(kOnTop));
+  return power(n, f, power_slope(f));
 }
 // The factor log2(e) is in the table.
 GOL_FN Vec exp2_times_log2e(Vec x, Vec rate) {
@@ -104,11 +104,13 @@ GOL_FN Complements<Vec> complements(Vec x) {
   const Vec u = fma(f, p, _mm512_castsi512_ps(looked_up(table, n)));
   return {fma(t, u, t), fnma(t, u, Vec(1.0) - t)};
 }
-// e^x with x * log2(e) in two pieces: 1 ulp where exp2(x * log2(e)) would lose |x| ulp.
+// e^x = 2^n e^f, f = x - n ln 2 without rounding but that of ln 2, 2e-9 n; where exp2(x * log2(e)) would lose
+// |x| ulp. e^f = 1 + f * slope with the polynomial of power_slope.
 GOL_FN Vec exp(Vec x) {
   const Vec n = fma(x, Vec(kLog2E), Vec(kOnTop));
-  const Vec f = fma(x, Vec(kLog2E), Vec(kOnTop) - n);
-  return exp2_of_sum(n, fma(x, Vec(kLog2E - static_cast<float>(kLog2E)), f));
+  const Vec f = fnma(n - Vec(kOnTop), Vec(kLn2), x);
+  const Vec p = fma(Vec(0.1666607447), f, Vec(0.5000161952));
+  return power(n, f, fma(p, f, Vec(1.000000003)));
 }
 
 // log2 of a positive normal number m 2^e, m in [3/4, 3/2): e + r P(r), r = m - 1, P of degree 8, minimax

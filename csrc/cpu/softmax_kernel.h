@@ -35,29 +35,50 @@ template <class V> class LongSum {
   unsigned count_;
 };
 
-template <class T> struct SoftmaxRow {
+template <bool kGrad, class T> struct SoftmaxRow {
   using V = RowNumber<T>;
   using Number = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  static constexpr int W = Lanes<V>::width;
   const cpu::SoftmaxArgs& args;
   const T* z;
   const T* next_z;  // the row after this one
-  T* grad;          // may be null
+  T* grad;          // null without kGrad
   int64_t label;
-  int64_t head;  // columns before the aligned vectors of grad (else of z), and of exps
+  int64_t head;  // columns before the aligned vectors of exps
   Number* exps;  // [num_softmax]: the weighted exponential of each column, 0 for the label
   double row_max, distance_label, exp_label;
 
   GOL_FN SoftmaxRow(const cpu::SoftmaxArgs& a, int64_t row, const T* next, T* row_grad, double* scratch)
       : args(a), z(static_cast<const T*>(a.logits) + row * a.row_stride), next_z(next), grad(row_grad),
-        label(a.labels[row]), head(grad != nullptr ? to_alignment<V>(grad) : to_alignment<V>(z)),
-        exps(reinterpret_cast<Number*>(scratch) + (Lanes<V>::width - head) % Lanes<V>::width) {
-    V m(-std::numeric_limits<double>::infinity());
-    const V lowest = m;
-    for_vectors<V>(head, a.num_softmax,
-                   [&](int64_t j, auto n) { m = vmax(keep_lanes(n, load_lanes<V>(z + j, n), lowest), m); });
-    row_max = static_cast<double>(Lanes<V>::max(m));
-    distance_label = first_element<V>(z + label) - row_max;
-    exp_label = std::exp(distance_label);
+        label(a.labels[row]), head(kGrad ? to_alignment<V>(grad) : to_alignment<V>(z)),
+        exps(place(row_grad, reinterpret_cast<Number*>(scratch) + (W - head) % W)),
+        row_max(maximum(z, a.num_softmax)), distance_label(first_element<V>(z + label) - row_max),
+        exp_label(std::exp(distance_label)) {}
+
+  // The gradient itself where it is stored as the numbers are worked on: the first-level cache has to hold
+  // one row less.
+  static GOL_FN Number* place(T* row_grad, Number* scratch) {
+    if constexpr (kGrad && std::is_same_v<T, Number>) return row_grad;
+    else return scratch;
+  }
+
+  // Four side by side: a maximum waits for the one before it.
+  static GOL_FN double maximum(const T* z, int64_t count) {
+    const V lowest(-std::numeric_limits<double>::infinity());
+    const std::integral_constant<int, W> all;
+    V a = lowest, b = lowest, c = lowest, d = lowest;
+    int64_t done = 0;
+    for (; done + 4 * W <= count; done += 4 * W) {
+      a = vmax(load_lanes<V>(z + done, all), a);
+      b = vmax(load_lanes<V>(z + done + W, all), b);
+      c = vmax(load_lanes<V>(z + done + 2 * W, all), c);
+      d = vmax(load_lanes<V>(z + done + 3 * W, all), d);
+    }
+    a = vmax(vmax(a, b), vmax(c, d));
+    for_vectors<V>(0, count - done, [&](int64_t j, auto n) {
+      a = vmax(keep_lanes(n, load_lanes<V>(z + done + j, n), lowest), a);
+    });
+    return static_cast<double>(Lanes<V>::max(a));
   }
 
   // Writes weight(j, n) to exps and returns the sum. The lambdas of the loops capture copies: what they would
@@ -128,7 +149,7 @@ template <class T> struct SoftmaxRow {
 
   // loss = log(1 + rest / e_y), and for the label the gradient -rest / (rest + e_y): neither
   // cancels when the label's probability is close to 1.
-  template <bool kGrad> GOL_FN double finish(double rest, double scale) const {
+  GOL_FN double finish(double rest, double scale) const {
     const double ratio = scale / (rest + exp_label);
     if (kGrad) {
       const V factor(ratio);
@@ -175,11 +196,11 @@ void softmax_rows(const cpu::SoftmaxArgs& a, int64_t begin, int64_t end, double*
       fill<kGrad>(grad, a.num_softmax, value);
     } else {
       const T* next_z = row + 1 < end ? z + a.row_stride : z;
-      SoftmaxRow<T> softmax(a, row, next_z, grad, scratch);
+      SoftmaxRow<kGrad, T> softmax(a, row, next_z, grad, scratch);
       const double rest = a.power != nullptr   ? softmax.seesaw()
                           : a.prior != nullptr ? softmax.with_prior()
                                                : softmax.plain();
-      a.row_loss[row] = softmax.template finish<kGrad>(rest, scale);
+      a.row_loss[row] = softmax.finish(rest, scale);
     }
     if (!has_objectness) continue;
     const double objectness_scale = a.objectness_scale[row];
