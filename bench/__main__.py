@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ RECORDS = ROOT / "bench" / "records" / "cpu.jsonl"
 GPU_RECORDS = RECORDS.with_name("gpu.jsonl")
 DEMO_RECORDS = RECORDS.with_name("demo.jsonl")
 SCALE_RECORDS = RECORDS.with_name("scale.jsonl")
+LEARNING_RECORDS = RECORDS.with_name("learning.jsonl")
 SCALE_README = ROOT / "bench" / "scale" / "README.md"
 PLOTS = ROOT / "bench" / "plots"
 
@@ -49,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.records is None and not options.small:
             options.records = SCALE_RECORDS
         return run.run(options)
+    elif options.command == "learning":
+        from . import learning
+
+        return learning.run(options)
     elif options.command == "gpu":
         return _run_on_gpu(options)
     elif options.command == "worker":
@@ -85,6 +91,11 @@ def _write_readme(options: argparse.Namespace) -> None:
     if options.gpu_records.exists():
         rows = device_report.newest(read(options.gpu_records))
         replace_between(options.readme, device_report.BEGIN, device_report.END, device_report.tables(rows))
+    if options.learning_records.exists():
+        from . import learning
+
+        rows = read(options.learning_records)
+        replace_between(options.readme, learning.BEGIN, learning.END, learning.table(rows))
     if options.scale_records.exists():
         replace_between(
             options.scale_readme, scale.BEGIN, scale.END, scale.table(read(options.scale_records))
@@ -213,11 +224,13 @@ def _parser() -> argparse.ArgumentParser:
     worker.add_argument("malloc", choices=tuple(MALLOC_MODES))
     worker.add_argument("output", type=Path)
     _add_scale(commands.add_parser("scale", help="the trainer at LVIS's size: measure and record"))
+    _add_learning(commands.add_parser("learning", help="train a detector with each loss in turn, and record"))
     _add_gpu(commands.add_parser("gpu", parents=[common], help="measure on the GPU and record"))
     readme = commands.add_parser("readme", help="write the README's tables")
     readme.add_argument("--records", type=Path, default=RECORDS)
     readme.add_argument("--gpu-records", type=Path, default=GPU_RECORDS)
     readme.add_argument("--demo-records", type=Path, default=DEMO_RECORDS)
+    readme.add_argument("--learning-records", type=Path, default=LEARNING_RECORDS)
     readme.add_argument("--scale-records", type=Path, default=SCALE_RECORDS)
     readme.add_argument("--readme", type=Path, default=ROOT / "README.md")
     readme.add_argument("--scale-readme", type=Path, default=SCALE_README)
@@ -240,6 +253,21 @@ def _add_scale(scale: argparse.ArgumentParser) -> None:
         "--folder", type=Path, help="for 4 GB of files that are kept (default: a temporary one)"
     )
     scale.add_argument("--records", type=Path, help=f"{SCALE_RECORDS.relative_to(ROOT)}; with --small: none")
+
+
+def _add_learning(learning: argparse.ArgumentParser) -> None:
+    learning.add_argument("--config", default="demo", help="a preset with a synthetic section (%(default)s)")
+    learning.add_argument(
+        "--folder", type=Path, default=ROOT / "runs" / "learning", help="of the data and the runs"
+    )
+    learning.add_argument("--losses", nargs="+", metavar="LOSS", help="default: all, see bench/learning.py")
+    learning.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="SEED")
+    learning.add_argument("--jobs", type=int, default=1, help="runs side by side (%(default)s)")
+    learning.add_argument(
+        "--budget-s", type=float, default=math.inf, help="stop after it; the same command goes on"
+    )
+    learning.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="for every run")
+    learning.add_argument("--records", type=Path, default=LEARNING_RECORDS)
 
 
 def _add_gpu(gpu: argparse.ArgumentParser) -> None:

@@ -123,6 +123,10 @@ class LossConfig:
     threshold: float = (
         1.1e-3  # classes in a smaller share of the training images are the tail (eql, droploss, gol)
     )
+    # The Gumbel link's, with a loss that has it; see gol_kernels.gumbel_loss.
+    temperature: float = 1.0
+    outside: Literal["zero", "straight_through"] = "zero"  # its slope beyond the clip
+    compat: Literal["none", "gol"] = "none"  # gol: the gradients of the paper's released code
     weight: float = 1.0
     norcal: float = 0.0  # gamma of NorCal, which calibrates softmax scores when detecting; 0 turns it off
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +36,7 @@ VAL_FLATNESS = (
     0.3  # validation counts go with the training counts to this power, so that rare classes can be measured
 )
 RADIUS = (0.055, 0.22)  # of an object, in image sizes
+MANY_IMAGES = 4000  # of a split: they are drawn by several processes
 SMALLEST_VISIBLE = 0.15  # share of an object that must be seen, else it counts as hidden
 CLOSEST = 0.5  # distance of two centres in sums of their radii
 
@@ -143,37 +147,48 @@ def _write_images(
     split: str,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Draw and save every image of a split; returns the lists 'images' and 'annotations'."""
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for image_id, classes in enumerate(contents, start=first_id):
-        for attempt in range(20):
-            rng = np.random.default_rng([seed, image_id, attempt])
-            picture, objects = _scene(looks, classes, size, rng)
-            if {found.category for found in objects} == set(classes):
-                break
-        else:
-            raise ValueError(f"no scene of {size} pixels shows the classes {classes}; ask for larger images")
-        name = f"{split}_{image_id:012d}.jpg"
-        Image.fromarray(picture).save(root / "images" / name, quality=90)
-        objects, not_exhaustive = _leave_out(objects, rng)
-        absent = np.setdiff1d(np.arange(len(looks)), classes)
-        negatives = rng.permutation(absent)[:NEGATIVES_PER_IMAGE]
-        images.append(
-            {
-                "id": image_id,
-                "width": size,
-                "height": size,
-                "license": 1,
-                "coco_url": f"http://synthetic.invalid/images/{name}",
-                "flickr_url": "",
-                "date_captured": "2000-01-01 00:00:00",
-                "neg_category_ids": sorted(int(c) + 1 for c in negatives),
-                "not_exhaustive_category_ids": [c + 1 for c in not_exhaustive],
-            }
-        )
-        for found in objects:
-            annotations.append(_annotation(len(annotations) + 1, image_id, found, size))
-    return images, annotations
+    write = partial(_write_image, root, looks, size, seed, split)
+    numbered = list(enumerate(contents, start=first_id))
+    if len(numbered) < MANY_IMAGES:
+        written = [write(image) for image in numbered]
+    else:  # processes that start from nothing: this one may have threads
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+            written = list(pool.map(write, numbered, chunksize=MANY_IMAGES // 32))
+    annotations = [annotation for _, found in written for annotation in found]
+    for number, annotation in enumerate(annotations, start=1):
+        annotation["id"] = number
+    return [image for image, _ in written], annotations
+
+
+def _write_image(
+    root: Path, looks: list[Appearance], size: int, seed: int, split: str, image: tuple[int, list[int]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Draws and saves the image (id, classes), by its own random numbers; its entry and its annotations."""
+    image_id, classes = image
+    for attempt in range(20):
+        rng = np.random.default_rng([seed, image_id, attempt])
+        picture, objects = _scene(looks, classes, size, rng)
+        if {found.category for found in objects} == set(classes):
+            break
+    else:
+        raise ValueError(f"no scene of {size} pixels shows the classes {classes}; ask for larger images")
+    name = f"{split}_{image_id:012d}.jpg"
+    Image.fromarray(picture).save(root / "images" / name, quality=90)
+    objects, not_exhaustive = _leave_out(objects, rng)
+    absent = np.setdiff1d(np.arange(len(looks)), classes)
+    negatives = rng.permutation(absent)[:NEGATIVES_PER_IMAGE]
+    entry = {
+        "id": image_id,
+        "width": size,
+        "height": size,
+        "license": 1,
+        "coco_url": f"http://synthetic.invalid/images/{name}",
+        "flickr_url": "",
+        "date_captured": "2000-01-01 00:00:00",
+        "neg_category_ids": sorted(int(c) + 1 for c in negatives),
+        "not_exhaustive_category_ids": [c + 1 for c in not_exhaustive],
+    }
+    return entry, [_annotation(image_id, found, size) for found in objects]
 
 
 def _scene(
@@ -232,12 +247,13 @@ def _leave_out(objects: list[_Object], rng: np.random.Generator) -> tuple[list[_
     return objects, marked
 
 
-def _annotation(annotation_id: int, image_id: int, found: _Object, size: int) -> dict[str, Any]:
+def _annotation(image_id: int, found: _Object, size: int) -> dict[str, Any]:
+    """All but its number, which counts over all images."""
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in found.polygons])
     (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0)
     rle = mask_utils.merge(mask_utils.frPyObjects(found.polygons, size, size))
     return {
-        "id": annotation_id,
+        "id": 0,
         "image_id": image_id,
         "category_id": found.category + 1,
         "area": float(mask_utils.area(rle)),

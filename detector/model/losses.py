@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,33 +13,56 @@ from gol_kernels.losses import LongTailLoss
 from gol_kernels.losses.bernoulli import BernoulliLoss
 
 # GOL = DropLoss with the Gumbel link, GOL* = EQL with it (Alexandridis et al., ECCV 2022).
-_LOSSES: dict[str, Callable[[LossConfig, gk.ClassStats, int], LongTailLoss]] = {
-    "softmax": lambda config, stats, classes: gk.SoftmaxLoss(classes),
-    "sigmoid": lambda config, stats, classes: gk.SigmoidLoss(classes),
-    "gumbel": lambda config, stats, classes: gk.GumbelLoss(classes),
-    "eql": lambda config, stats, classes: gk.EQLLoss(stats, threshold=config.threshold, link="sigmoid"),
-    "droploss": lambda config, stats, classes: gk.DropLoss(stats, threshold=config.threshold, link="sigmoid"),
-    "gol": lambda config, stats, classes: gk.DropLoss(stats, threshold=config.threshold, link="gumbel"),
-    "gol_star": lambda config, stats, classes: gk.EQLLoss(stats, threshold=config.threshold, link="gumbel"),
-    "seesaw": lambda config, stats, classes: gk.SeesawLoss(classes),
-    "gumbel_seesaw": lambda config, stats, classes: gk.GumbelSeesawLoss(classes),
-    "eqlv2": lambda config, stats, classes: gk.EQLv2Loss(classes),
-    "federated": lambda config, stats, classes: gk.FederatedLoss(stats, link="sigmoid"),
-    "gumbel_federated": lambda config, stats, classes: gk.FederatedLoss(stats, link="gumbel"),
-    "acsl": lambda config, stats, classes: gk.ACSLLoss(stats, link="sigmoid"),
-    "gumbel_acsl": lambda config, stats, classes: gk.ACSLLoss(stats, link="gumbel"),
-    "balanced_softmax": lambda config, stats, classes: gk.BalancedSoftmaxLoss(stats),
-    "equilibrium": lambda config, stats, classes: gk.EquilibriumLoss(classes),
+_GUMBEL_LOSSES: dict[str, Callable[..., LongTailLoss]] = {
+    "gumbel": lambda config, stats, **link: gk.GumbelLoss(stats.num_classes, **link),
+    "gol": lambda config, stats, **link: gk.DropLoss(stats, config.threshold, link="gumbel", **link),
+    "gol_star": lambda config, stats, **link: gk.EQLLoss(stats, config.threshold, link="gumbel", **link),
+    "gumbel_seesaw": lambda config, stats, **link: gk.GumbelSeesawLoss(stats.num_classes, **link),
+    "gumbel_federated": lambda config, stats, **link: gk.FederatedLoss(stats, link="gumbel", **link),
+    "gumbel_acsl": lambda config, stats, **link: gk.ACSLLoss(stats, link="gumbel", **link),
 }
+_LOSSES: dict[str, Callable[..., LongTailLoss]] = {
+    **_GUMBEL_LOSSES,
+    "softmax": lambda config, stats: gk.SoftmaxLoss(stats.num_classes),
+    "sigmoid": lambda config, stats: gk.SigmoidLoss(stats.num_classes),
+    "eql": lambda config, stats: gk.EQLLoss(stats, config.threshold, link="sigmoid"),
+    "droploss": lambda config, stats: gk.DropLoss(stats, config.threshold, link="sigmoid"),
+    "seesaw": lambda config, stats: gk.SeesawLoss(stats.num_classes),
+    "eqlv2": lambda config, stats: gk.EQLv2Loss(stats.num_classes),
+    "federated": lambda config, stats: gk.FederatedLoss(stats, link="sigmoid"),
+    "acsl": lambda config, stats: gk.ACSLLoss(stats, link="sigmoid"),
+    "balanced_softmax": lambda config, stats: gk.BalancedSoftmaxLoss(stats),
+    "equilibrium": lambda config, stats: gk.EquilibriumLoss(stats.num_classes),
+}
+
+
+def _link_options(config: LossConfig) -> dict[str, Any]:
+    """Of the Gumbel link, as far as they are not the defaults. Raises ConfigError where the loss has none."""
+    default = LossConfig()
+    options = {
+        name: getattr(config, name)
+        for name in ("temperature", "outside", "compat")
+        if getattr(config, name) != getattr(default, name)
+    }
+    if options and config.name not in _GUMBEL_LOSSES:
+        raise ConfigError(
+            f"loss.{next(iter(options))} is an option of the Gumbel link, loss.name={config.name} has none; "
+            f"it goes with {', '.join(_GUMBEL_LOSSES)}"
+        )
+    return options
 
 
 def build_loss(config: LossConfig, stats: gk.ClassStats, *, gather_gradients: bool = False) -> LongTailLoss:
     """The loss module `config.name` for the classes counted in `stats`.
 
     gather_gradients: it adds up each class's gradients in its `gradient_stats`. Raises ConfigError where it
-    has none.
+    has none, and for options that do not go with the loss.
     """
-    loss = _LOSSES[config.name](config, stats, stats.num_classes)
+    options = _link_options(config)
+    try:
+        loss = _LOSSES[config.name](config, stats, **options)
+    except ValueError as error:
+        raise ConfigError(f"loss.name={config.name}: {error}") from error
     if gather_gradients:
         if not isinstance(loss, BernoulliLoss):
             raise ConfigError(

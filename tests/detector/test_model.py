@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -113,6 +114,37 @@ def test_link_and_threshold_reach_the_loss():
         )  # image shares are 0.001 0.005 0.02 | 0.06 0.15 0.4: one or three classes are spared
     )
     assert float(narrow - wide) == pytest.approx(2 * float(F.softplus(torch.tensor(1.0))), rel=1e-5)
+
+
+def test_options_of_the_gumbel_link_reach_the_loss():
+    """At z = -3.5 the released code has lost most of a positive's gradient, -exp(3.5) in truth."""
+    logits, labels = torch.full((1, NUM_CLASSES), -3.5), torch.tensor([5])
+    gradients = {}
+    for option in ("compat=none", "compat=gol", "temperature=2"):
+        loss = (
+            build_model(tiny_config("loss.name=gol", f"loss.{option}"), tiny_classes())
+            .roi_heads.stages[0]
+            .loss
+        )
+        z = logits.clone().requires_grad_()
+        loss(z, labels).backward()
+        gradients[option] = z.grad[0, 5].item()
+    assert gradients["compat=none"] == pytest.approx(-math.exp(3.5), rel=1e-5)
+    assert gradients["temperature=2"] == pytest.approx(-math.exp(1.75) / 2, rel=1e-5)
+    assert -1 < gradients["compat=gol"] < 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("loss.name=softmax", "loss.outside=straight_through"), "outside is an option of the Gumbel link"),
+        (("loss.name=gumbel_seesaw", "loss.compat=gol"), "no released Gumbel form"),
+        (("loss.name=gumbel", "loss.temperature=0"), "temperature must be positive"),
+    ],
+)
+def test_options_that_do_not_go_with_the_loss_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        build_model(tiny_config(*options), tiny_classes())
 
 
 def test_loss_weight_scales_the_classification_loss_only():

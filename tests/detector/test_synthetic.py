@@ -21,6 +21,14 @@ def small(tmp_path_factory):
     return write_synthetic(root, num_train=120, num_val=40, num_classes=24, image_size=96, seed=3)
 
 
+def test_several_processes_write_what_one_writes(tmp_path, small, monkeypatch):
+    monkeypatch.setattr("detector.data.synthetic.MANY_IMAGES", 100)
+    again = write_synthetic(tmp_path, num_train=120, num_val=40, num_classes=24, image_size=96, seed=3)
+    assert again.train.read_bytes() == small.train.read_bytes()
+    for path in sorted((tmp_path / "images").iterdir()):
+        assert path.read_bytes() == (small.image_root / "images" / path.name).read_bytes()
+
+
 def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
