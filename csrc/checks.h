@@ -1,40 +1,26 @@
-// The checks that the ops of every device begin with, in one set of words, before anything is computed.
+// The checks that the ops of every device begin with, in one set of words, before anything is computed. All
+// raise TypeError or ValueError.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
+#include "arguments.h"
 
 namespace gol {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-// The arguments that all losses share, under the names of the op schemas.
-struct RowArguments {
-  const char* op;
-  const at::Tensor& logits;           // [N, K]
-  const at::Tensor& labels;           // [N] int64 or int32
-  const OptionalTensor& row_weights;  // [N]
-  const OptionalTensor& avg_factor;   // 0-d
-  int64_t num_classes;                // the largest legal label
-  int64_t ignore_index;
-  c10::string_view reduction;
-  double scale;
-  bool validate;
-};
-
-// Types, shapes and devices of all of them. Raises TypeError or ValueError.
-void check_rows(const RowArguments& a);
+// The type of logits as the kernels take it.
+DType dtype_of(const char* op, const at::Tensor& logits);
+void check_device(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& logits);
 // Type and shape of labels; where validate is set also their values, for which labels on a GPU are copied to
 // the host and waited for.
 void check_labels(const char* op, const at::Tensor& labels, int64_t num_classes, int64_t ignore_index,
                   bool validate);
-// A table that the reweighting in use needs: of this type and shape, on the logits' device.
-void check_table(const char* op, const char* name, const OptionalTensor& table, at::IntArrayRef shape,
-                 at::ScalarType dtype, c10::string_view reweight, const at::Tensor& logits);
-// Seesaw's class_table, the counts of c classes or more.
-void check_counts(const char* op, const OptionalTensor& table, int64_t c, const at::Tensor& logits);
-void check_device(const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& logits);
-void check_floating(const char* op, const at::Tensor& logits);
+// Types, shapes and devices of all of them.
+void check_rows(const RowArguments& a);
+
+// What the names mean; of a reweighting also whether the tables that it needs are there.
+Link link_of(const char* op, c10::string_view link, c10::string_view slope, c10::string_view reweight);
+Reweight reweight_of(const RowArguments& a, c10::string_view reweight, const OptionalTensor& class_table,
+                     const OptionalTensor& row_table, const OptionalTensor& rng);
+SoftmaxReweight softmax_reweight_of(const RowArguments& a, c10::string_view reweight,
+                                    const OptionalTensor& class_table, bool objectness);
 
 }  // namespace gol

@@ -10,6 +10,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "types.h"
+
 #if defined(__CUDACC__)
 #define GOL_FN __host__ __device__ __forceinline__
 #else
@@ -23,14 +25,6 @@
 #endif
 
 namespace gol {
-
-struct LinkOptions {
-  double temperature;
-  double clip_min, clip_max;
-  double edge;  // outside the clip the slope is edge times the one at the clip's edge: 0, or 1
-                // (straight-through)
-};
-
 inline namespace GOL_ISA {
 
 constexpr double kLog2E = 1.4426950408889634;

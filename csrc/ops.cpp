@@ -60,7 +60,7 @@ void register_ops() {
   };
   torch::Library& cpu = library(c10::DispatchKey::CPU);
   gol::cpu::register_bernoulli(cpu);
-  gol::cpu::register_rows(cpu);
+  gol::cpu::register_elementwise(cpu);
   gol::cpu::register_softmax(cpu);
 #ifdef GOL_WITH_CUDA
   torch::Library& cuda = library(c10::DispatchKey::CUDA);

@@ -32,6 +32,7 @@ KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 BINDINGS = [
     *sorted((ROOT / "csrc" / "cuda").glob("*.cpp")),
     ROOT / "csrc" / "checks.cpp",
+    ROOT / "csrc" / "registration.cpp",
     EMULATION / "library.cpp",
 ]
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))

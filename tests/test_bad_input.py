@@ -132,3 +132,13 @@ def test_ops_check_their_own_input() -> None:
     # A label that is legal by num_classes but has no column must not be written to.
     with pytest.raises(ValueError, match="num_classes"):
         op(Z, Y, None, None, None, None, None, *link, "none", *factors, 9, *options)
+    with pytest.raises(ValueError, match=r"two columns for objectness .*, got \[4, 1\]"):
+        overload("softmax_loss", "native")(
+            Z[:, :1], 0 * Y, None, None, None, "none", *factors[:3], True, 1, *options[:-1]
+        )
+    with pytest.raises(ValueError, match=r"grad_output must be \[4, \d\] like logits, got \[2, \d\]"):
+        overload("gumbel_activation_grad", "native")(Z[:2], Z, 1.0, -4.0, 10.0)
+    with pytest.raises(TypeError, match="gumbel_activation: logits must be float32"):
+        overload("gumbel_activation", "native")(Z.int(), 1.0, -4.0, 10.0)
+    with pytest.raises(ValueError, match=r"split lie in \[0, K\], got \[4, 6\] and 7"):
+        overload("scale_grad_", "native")(Z.clone(), torch.ones(1), torch.ones(1), 7)

@@ -1,4 +1,4 @@
-// gol_kernels::bernoulli_{loss,grad}_native and gumbel_activation{,_grad}_native on the CPU.
+// gol_kernels::bernoulli_{loss,grad}_native on the CPU.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -12,15 +12,6 @@ namespace gol {
 namespace cpu {
 namespace {
 
-// The arguments that the Bernoulli ops have beside the rows', under the names of the op schemas.
-struct Options {
-  const OptionalTensor &class_table, &row_table, &rng;
-  c10::string_view link;
-  double temperature, clip_min, clip_max;
-  c10::string_view slope, reweight;
-  double p, q, eps, logit_threshold;
-};
-
 // What the kernel's arguments point to.
 struct Tables {
   std::vector<uint64_t> masks;
@@ -29,22 +20,6 @@ struct Tables {
   at::Tensor row_mask;
   PowerTable power;
 };
-
-void set_link(const char* op, const Options& o, BernoulliArgs* args) {
-  const bool released = o.slope == "released", straight_through = o.slope == "straight_through";
-  TORCH_CHECK_VALUE(released || straight_through || o.slope == "zero_outside", op, ": unknown slope '",
-                    o.slope, "'");
-  args->link_options = {o.temperature, o.clip_min, o.clip_max, straight_through ? 1.0 : 0.0};
-  if (o.link == "gumbel") args->link = released ? Link::kGumbelReleased : Link::kGumbel;
-  else if (o.link == "sigmoid") args->link = Link::kSigmoid;
-  else if (o.link == "probit") args->link = Link::kProbit;
-  else TORCH_CHECK_VALUE(false, op, ": unknown link '", o.link, "'");
-  const bool has_released = o.reweight == "none" || o.reweight == "eql" || o.reweight == "drop";
-  TORCH_CHECK_VALUE(
-      !released || (o.link == "gumbel" && has_released), op,
-      ": slope 'released' exists for link 'gumbel' and reweight 'none', 'eql' or 'drop', got link '", o.link,
-      "' and reweight '", o.reweight, "'");
-}
 
 // Masks of the kernel, a bit for each column where dropped(mask, column).
 template <class Dropped>
@@ -85,15 +60,12 @@ uint32_t keep_limit(const RowArguments& a, const BernoulliArgs& args, int64_t nu
   return static_cast<uint32_t>((2 * rare_foreground * 0x10000 + foreground) / (2 * foreground));
 }
 
-void set_drop(const RowArguments& a, const Rows& rows, const Options& o, BernoulliArgs* args,
+void set_drop(const RowArguments& a, const Rows& rows, const BernoulliOptions& o, BernoulliArgs* args,
               Tables* tables) {
-  check_table(a.op, "class_table", o.class_table, {args->num_columns}, at::kBool, o.reweight, a.logits);
   const auto rare = o.class_table->accessor<bool, 1>();
   set_masks(1, [&](int64_t, int64_t c) { return rare[c]; }, args, tables);
   args->foreground = Terms::kMasked;
-  if (o.reweight == "eql") return;
-  TORCH_CHECK_VALUE(o.rng.has_value() && o.rng->numel() == 2 && o.rng->scalar_type() == at::kLong, a.op,
-                    ": DropLoss needs rng, an int64 tensor of (seed, offset)");
+  if (o.reweight == Reweight::kEQL) return;
   const auto seed_offset = o.rng->accessor<int64_t, 1>();
   args->background = Terms::kSampled;
   args->seed = static_cast<uint64_t>(seed_offset[0]);
@@ -101,11 +73,8 @@ void set_drop(const RowArguments& a, const Rows& rows, const Options& o, Bernoul
   args->keep_limit = keep_limit(a, *args, rows.logits.size(0));
 }
 
-void set_weights(const RowArguments& a, const Rows& rows, const Options& o, BernoulliArgs* args,
-                 Tables* tables) {
+void set_weights(const Rows& rows, const BernoulliOptions& o, BernoulliArgs* args, Tables* tables) {
   const int64_t k = args->num_columns;
-  TORCH_CHECK_VALUE(o.class_table.has_value() && o.class_table->sizes() == at::IntArrayRef({2, k}), a.op,
-                    ": reweight 'weights' needs class_table, a tensor of [2, ", k, "]");
   const at::Tensor table = o.class_table->to(at::kDouble).contiguous();
   const double* weight = table.const_data_ptr<double>();
   set_positive_weight([&](int64_t label) { return weight[label]; }, rows, args, tables);
@@ -116,20 +85,16 @@ void set_weights(const RowArguments& a, const Rows& rows, const Options& o, Bern
   args->foreground = args->background = Terms::kWeighted;
 }
 
-void set_federated(const RowArguments& a, const Rows& rows, const Options& o, BernoulliArgs* args,
-                   Tables* tables) {
-  check_table(a.op, "class_table", o.class_table, {args->num_columns}, at::kBool, o.reweight, a.logits);
+void set_federated(const Rows& rows, const BernoulliOptions& o, BernoulliArgs* args, Tables* tables) {
   const auto kept = o.class_table->accessor<bool, 1>();
   set_masks(1, [&](int64_t, int64_t c) { return !kept[c]; }, args, tables);
   set_positive_weight([&](int64_t label) { return kept[label] ? 1.0 : 0.0; }, rows, args, tables);
   args->foreground = args->background = Terms::kMasked;
 }
 
-void set_acsl(const RowArguments& a, const Rows& rows, const Options& o, BernoulliArgs* args,
+void set_acsl(const RowArguments& a, const Rows& rows, const BernoulliOptions& o, BernoulliArgs* args,
               Tables* tables) {
   const int64_t n = rows.logits.size(0);
-  check_table(a.op, "class_table", o.class_table, {args->num_columns}, at::kByte, o.reweight, a.logits);
-  check_table(a.op, "row_table", o.row_table, {n}, at::kByte, o.reweight, a.logits);
   tables->row_mask = o.row_table->contiguous();
   args->row_mask = tables->row_mask.const_data_ptr<uint8_t>();
   const auto groups = o.class_table->accessor<uint8_t, 1>();
@@ -152,42 +117,36 @@ void set_acsl(const RowArguments& a, const Rows& rows, const Options& o, Bernoul
 
 // Runs the kernel; returns the unscaled row losses. statistics: float64 [2, K] of zeros, or null.
 std::vector<double> run(const RowArguments& a, const Rows& rows, const std::vector<double>& row_scale,
-                        const Options& o, at::Tensor* grad, at::Tensor* statistics) {
+                        const BernoulliOptions& o, at::Tensor* grad, at::Tensor* statistics) {
   const int64_t n = rows.logits.size(0), k = rows.logits.size(1);
   std::vector<double> row_loss(n), positive_slope(statistics != nullptr ? n : 0);
   BernoulliArgs args{};
-  args.dtype = rows.dtype;
-  args.logits = rows.logits.const_data_ptr();
-  args.row_stride = rows.logits.stride(0);
-  args.grad = grad != nullptr ? grad->mutable_data_ptr() : nullptr;
-  args.num_columns = k;
+  set_rows(rows, grad, &args);
   args.num_classes = a.num_classes;
-  args.labels = rows.labels.const_data_ptr<int64_t>();
   args.row_scale = row_scale.data();
   args.row_loss = row_loss.data();
-  set_link(a.op, o, &args);
+  args.link = o.link;
+  args.link_options = o.link_options;
   Tables tables;
-  if (o.reweight == "eql" || o.reweight == "drop") set_drop(a, rows, o, &args, &tables);
-  else if (o.reweight == "weights") set_weights(a, rows, o, &args, &tables);
-  else if (o.reweight == "federated") set_federated(a, rows, o, &args, &tables);
-  else if (o.reweight == "acsl") set_acsl(a, rows, o, &args, &tables);
-  else if (o.reweight == "seesaw") {
-    check_counts(a.op, o.class_table, k, a.logits);
-    tables.power = seesaw_powers(*o.class_table, k, o.p);
-    args.power = tables.power.data(rows.dtype);
-    args.q = std::fmax(o.q, 0.0);
-    args.eps = o.eps;
-    if (rows.dtype != DType::kFloat64 && !tables.power.fits_float32(-args.q * std::log2(o.eps))) {
+  switch (o.reweight) {
+    case Reweight::kNone: break;
+    case Reweight::kEQL:
+    case Reweight::kDrop: set_drop(a, rows, o, &args, &tables); break;
+    case Reweight::kFederated: set_federated(rows, o, &args, &tables); break;
+    case Reweight::kACSL: set_acsl(a, rows, o, &args, &tables); break;
+    case Reweight::kWeights: set_weights(rows, o, &args, &tables); break;
+    case Reweight::kSeesaw:
+      tables.power = seesaw_powers(*o.class_table, k, o.p);
+      args.power = tables.power.data(rows.dtype);
+      args.q = std::fmax(o.q, 0.0);
+      args.eps = o.eps;
+      args.foreground = Terms::kSeesaw;
+      if (rows.dtype == DType::kFloat64 || tables.power.fits_float32(-args.q * std::log2(o.eps))) break;
       return in_float64(rows, grad, [&](const Rows& wide, at::Tensor* wide_grad) {
         return run(a, wide, row_scale, o, wide_grad, statistics);
       });
-    }
-    args.foreground = Terms::kSeesaw;
-  } else {
-    TORCH_CHECK_VALUE(o.reweight == "none", a.op, ": unknown reweight '", o.reweight, "'");
   }
-  // fp64 exists in plain C++ alone: it is the kernel of gradient checks.
-  const KernelTable& table = rows.dtype == DType::kFloat64 ? kGenericKernels : kernels();
+  const KernelTable& table = kernels_for(rows.dtype);
   const int64_t scratch_size = bernoulli_scratch(k);
   if (statistics == nullptr) {
     parallel_ranges<uint64_t>(n, kRowGrain, scratch_size, [&](int64_t begin, int64_t end, uint64_t* scratch) {
@@ -219,86 +178,28 @@ std::vector<double> run(const RowArguments& a, const Rows& rows, const std::vect
   return row_loss;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> bernoulli_loss(
-    const at::Tensor& logits, const at::Tensor& labels, const OptionalTensor& row_weights,
-    const OptionalTensor& avg_factor, const OptionalTensor& class_table, const OptionalTensor& row_table,
-    const OptionalTensor& rng, c10::string_view link, double temperature, double clip_min, double clip_max,
-    c10::string_view slope, c10::string_view reweight, double p, double q, double eps, double logit_threshold,
-    int64_t num_classes, int64_t ignore_index, c10::string_view reduction, double scale, bool validate,
-    bool compute_grad, bool compute_statistics) {
-  const RowArguments a{"bernoulli_loss", logits,       labels,    row_weights, avg_factor,
-                       num_classes,      ignore_index, reduction, scale,       validate};
-  const Options options{class_table, row_table, rng, link, temperature, clip_min,       clip_max,
-                        slope,       reweight,  p,   q,    eps,         logit_threshold};
+LossResults bernoulli_loss(const RowArguments& a, const BernoulliOptions& o, bool compute_grad,
+                           bool compute_statistics) {
   const Rows rows = prepare_rows(a);
   at::Tensor grad = empty_grad(rows, compute_grad);
-  const auto float64 = logits.options().dtype(at::kDouble);
+  const auto float64 = a.logits.options().dtype(at::kDouble);
   at::Tensor statistics =
-      compute_statistics ? at::zeros({2, logits.size(1)}, float64) : at::empty({0}, float64);
-  const auto row_loss = run(a, rows, rows.scale, options, compute_grad ? &grad : nullptr,
-                            compute_statistics ? &statistics : nullptr);
-  return {reduce_rows(rows, row_loss, reduction), grad, statistics};
+      compute_statistics ? at::zeros({2, a.logits.size(1)}, float64) : at::empty({0}, float64);
+  const auto row_loss =
+      run(a, rows, rows.scale, o, compute_grad ? &grad : nullptr, compute_statistics ? &statistics : nullptr);
+  return {reduce_rows(rows, row_loss, a.reduction), grad, statistics};
 }
 
-at::Tensor bernoulli_grad(const at::Tensor& grad_loss, const at::Tensor& logits, const at::Tensor& labels,
-                          const OptionalTensor& row_weights, const OptionalTensor& avg_factor,
-                          const OptionalTensor& class_table, const OptionalTensor& row_table,
-                          const OptionalTensor& rng, c10::string_view link, double temperature,
-                          double clip_min, double clip_max, c10::string_view slope, c10::string_view reweight,
-                          double p, double q, double eps, double logit_threshold, int64_t num_classes,
-                          int64_t ignore_index, c10::string_view reduction, double scale, bool validate) {
-  const RowArguments a{"bernoulli_grad", logits,       labels,    row_weights, avg_factor,
-                       num_classes,      ignore_index, reduction, scale,       validate};
-  const Options options{class_table, row_table, rng, link, temperature, clip_min,       clip_max,
-                        slope,       reweight,  p,   q,    eps,         logit_threshold};
+at::Tensor bernoulli_grad(const RowArguments& a, const BernoulliOptions& o, const at::Tensor& grad_loss) {
   const Rows rows = prepare_rows(a);
   at::Tensor grad = empty_grad(rows, true);
-  run(a, rows, scaled_by(rows.scale, grad_loss), options, &grad, nullptr);
+  run(a, rows, scaled_by(rows.scale, grad_loss), o, &grad, nullptr);
   return grad;
-}
-
-at::Tensor run_activation(const at::Tensor& logits, const at::Tensor* grad_output,
-                          const LinkOptions& options) {
-  const at::Tensor z = logits.contiguous();
-  const at::Tensor upstream = grad_output != nullptr ? grad_output->to(z.scalar_type()).contiguous() : z;
-  at::Tensor output = at::empty_like(z, at::MemoryFormat::Contiguous);
-  GumbelActivationArgs args{};
-  switch (z.scalar_type()) {
-    case at::kFloat: args.dtype = DType::kFloat32; break;
-    case at::kDouble: args.dtype = DType::kFloat64; break;
-    case at::kBFloat16: args.dtype = DType::kBFloat16; break;
-    case at::kHalf: args.dtype = DType::kFloat16; break;
-    default:
-      TORCH_CHECK_TYPE(false, "gumbel_activation: floating-point logits expected, got ", z.scalar_type());
-  }
-  args.logits = z.const_data_ptr();
-  args.grad_output = grad_output != nullptr ? upstream.const_data_ptr() : nullptr;
-  args.output = output.mutable_data_ptr();
-  args.link_options = options;
-  const KernelTable& table = args.dtype == DType::kFloat64 ? kGenericKernels : kernels();
-  constexpr int64_t kGrain = 16384;  // elements
-  at::parallel_for(0, z.numel(), kGrain,
-                   [&](int64_t begin, int64_t end) { table.gumbel_activation(args, begin, end); });
-  return output;
-}
-
-at::Tensor gumbel_activation(const at::Tensor& logits, double temperature, double clip_min, double clip_max) {
-  return run_activation(logits, nullptr, {temperature, clip_min, clip_max, 0.0});
-}
-
-at::Tensor gumbel_activation_grad(const at::Tensor& grad_output, const at::Tensor& logits, double temperature,
-                                  double clip_min, double clip_max) {
-  return run_activation(logits, &grad_output, {temperature, clip_min, clip_max, 0.0});
 }
 
 }  // namespace
 
-void register_bernoulli(torch::Library& m) {
-  m.impl("bernoulli_loss_native", bernoulli_loss);
-  m.impl("bernoulli_grad_native", bernoulli_grad);
-  m.impl("gumbel_activation_native", gumbel_activation);
-  m.impl("gumbel_activation_grad_native", gumbel_activation_grad);
-}
+void register_bernoulli(torch::Library& m) { implement_bernoulli(m, bernoulli_loss, bernoulli_grad); }
 
 }  // namespace cpu
 }  // namespace gol

@@ -42,6 +42,8 @@ const KernelTable& kernels() {
   return *table;
 }
 
+const KernelTable& kernels_for(DType dtype) { return dtype == DType::kFloat64 ? kGenericKernels : kernels(); }
+
 void set_capability(const char* name) {
   const std::string wanted(name);
 #if defined(__x86_64__)

@@ -9,8 +9,9 @@
 namespace gol {
 namespace cpu {
 
-enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
-enum class Link { kGumbel, kGumbelReleased, kSigmoid, kProbit };
+using gol::DType;
+using gol::GumbelActivationArgs;
+using gol::Link;
 // What becomes of a row's negatives. The reweightings of the papers are pairs of these, one for foreground
 // rows and one for background rows.
 enum class Terms {
@@ -78,14 +79,6 @@ struct SoftmaxArgs {
   const void* prior;  // every exponential is multiplied by its class's
 };
 
-struct GumbelActivationArgs {
-  DType dtype;
-  const void* logits;       // [numel] contiguous
-  const void* grad_output;  // null: write p = exp(-exp(-z/T)); else grad_output * dp/dz
-  void* output;
-  LinkOptions link_options;
-};
-
 // Rows [begin, end). scratch belongs to the calling thread and begins at a cache line.
 struct KernelTable {
   const char* name;
@@ -103,6 +96,8 @@ extern const KernelTable kAvx512Kernels;
 // The table in use: the best this machine runs, no better than what torch itself uses
 // (ATEN_CPU_CAPABILITY lowers both), unless set_capability chose another.
 const KernelTable& kernels();
+// The table for logits of this type: fp64 exists in plain C++ alone, it is the kernel of gradient checks.
+const KernelTable& kernels_for(DType dtype);
 // "generic", "avx2" or "avx512"; throws std::invalid_argument for what this machine cannot run.
 void set_capability(const char* name);
 

@@ -1,41 +1,17 @@
-// Besides what rows.h declares: gol_kernels::scale_grad__native on the CPU.
 #include "rows.h"
 
 #include <cmath>
 #include <limits>
 
-#include "../registration.h"
+#include "../checks.h"
 
 namespace gol {
 namespace cpu {
-namespace {
-
-DType dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kDouble: return DType::kFloat64;
-    case at::kBFloat16: return DType::kBFloat16;
-    case at::kHalf: return DType::kFloat16;
-    default: return DType::kFloat32;
-  }
-}
-
-// Nothing is moved where both are 1, as they are after a plain loss.backward().
-void scale_grad_(const at::Tensor& grad, const at::Tensor& first, const at::Tensor& second, int64_t split) {
-  const auto scale = [](const at::Tensor& part, const at::Tensor& factor) {
-    if (factor.item<double>() != 1) part.mul_(factor);
-  };
-  scale(grad.narrow(1, 0, split), first);
-  scale(grad.narrow(1, split, grad.size(1) - split), second);
-}
-
-}  // namespace
-
 Rows prepare_rows(const RowArguments& a) {
-  check_rows(a);
   const int64_t n = a.logits.size(0);
   Rows rows{a.logits.stride(1) == 1 || a.logits.size(1) == 1 ? a.logits : a.logits.contiguous(),
             a.labels.to(at::kLong).contiguous(), std::vector<double>(n), std::vector<double>(n),
-            dtype_of(a.logits)};
+            dtype_of(a.op, a.logits)};
 
   at::Tensor weights;
   if (a.row_weights.has_value()) weights = a.row_weights->to(at::kDouble).contiguous();
@@ -89,8 +65,6 @@ at::Tensor empty_grad(const Rows& rows, bool compute_grad) {
   if (!compute_grad) return at::empty({0}, rows.logits.options());
   return at::empty(rows.logits.sizes(), rows.logits.options(), at::MemoryFormat::Contiguous);
 }
-
-void register_rows(torch::Library& m) { m.impl("scale_grad__native", scale_grad_); }
 
 }  // namespace cpu
 }  // namespace gol

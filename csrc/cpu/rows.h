@@ -1,4 +1,4 @@
-// What every loss does before and after its kernel: checks, the factor of each row, sums over rows.
+// What every loss does before and after its kernel: the factor of each row, sums over rows.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "../checks.h"
+#include "../arguments.h"
 #include "kernels.h"
 
 namespace gol {
@@ -20,8 +20,16 @@ struct Rows {
   DType dtype;
 };
 
-// Raises TypeError or ValueError before anything is computed.
 Rows prepare_rows(const RowArguments& a);
+// The fields that the arguments of all kernels have. grad: null for the loss alone.
+template <class Args> void set_rows(const Rows& rows, at::Tensor* grad, Args* args) {
+  args->dtype = rows.dtype;
+  args->logits = rows.logits.const_data_ptr();
+  args->row_stride = rows.logits.stride(0);
+  args->grad = grad != nullptr ? grad->mutable_data_ptr() : nullptr;
+  args->num_columns = rows.logits.size(1);
+  args->labels = rows.labels.const_data_ptr<int64_t>();
+}
 // scale[i] *= grad_loss, a 0-d tensor or one number for each row.
 std::vector<double> scaled_by(const std::vector<double>& scale, const at::Tensor& grad_loss);
 // sum_i scale_i * row_loss_i in row order (whatever the number of threads), or each of them.

@@ -6,9 +6,6 @@
 namespace gol {
 namespace cuda {
 
-enum class Link { kGumbel, kGumbelReleased, kSigmoid, kProbit };
-enum class Reweight { kNone, kEQL, kDrop, kFederated, kACSL, kWeights, kSeesaw };
-
 struct BernoulliArgs {
   RowArgs rows;
   const void* coded_rows;  // by the prologue

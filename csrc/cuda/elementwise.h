@@ -6,15 +6,6 @@
 namespace gol {
 namespace cuda {
 
-// p = exp(-exp(-z/T)), or with grad_output its backward grad_output * dp/dz; [numel] dense each.
-struct GumbelActivationArgs {
-  DType dtype;
-  const void* logits;
-  const void* grad_output;  // null: the activation
-  void* output;
-  int64_t numel;
-  LinkOptions link_options;
-};
 cudaError_t launch_gumbel_activation(const GumbelActivationArgs&, cudaStream_t);
 
 // Columns [0, split) of a dense [N, K] times first, the others times second; reads and writes nothing of it

@@ -13,8 +13,6 @@
 namespace gol {
 namespace cuda {
 
-enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
-
 // Numbers in device memory of a type that the caller chose; null: there are none.
 enum class RealType { kFloat32, kFloat64, kInt64 };
 struct Reals {

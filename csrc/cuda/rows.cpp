@@ -6,17 +6,10 @@
 
 #include <cmath>
 
+#include "../checks.h"
+
 namespace gol {
 namespace cuda {
-
-DType dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kDouble: return DType::kFloat64;
-    case at::kBFloat16: return DType::kBFloat16;
-    case at::kHalf: return DType::kFloat16;
-    default: return DType::kFloat32;
-  }
-}
 
 at::ScalarType number_of(const at::Tensor& t) {
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -36,9 +29,8 @@ Reals reals(at::Tensor* t) {
 }
 
 Rows prepare_rows(const RowArguments& a) {
-  check_rows(a);
   Rows rows{};
-  rows.dtype = dtype_of(a.logits);
+  rows.dtype = dtype_of(a.op, a.logits);
   rows.logits = a.logits.stride(1) == 1 || a.logits.size(1) == 1 ? a.logits : a.logits.contiguous();
   rows.labels = a.labels.to(at::kLong).contiguous();
   rows.workspace = at::empty({sizeof(Workspace)}, a.logits.options().dtype(at::kByte));
@@ -59,6 +51,11 @@ Rows prepare_rows(const RowArguments& a) {
     args.avg_factor = reals(&rows.avg_factor);
   }
   return rows;
+}
+
+RowArguments in_float64(RowArguments a) {
+  a.logits = a.logits.to(at::kDouble);
+  return a;
 }
 
 Upstream upstream(const char* op, at::Tensor* grad_loss, const Rows& rows) {

@@ -1,15 +1,14 @@
-// What every loss does before its kernel: checks, the rows as the kernels take them, the prologue.
+// What every loss does before its kernel: the rows as the kernels take them, the prologue.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-#include "../checks.h"
+#include "../arguments.h"
 #include "kernels.h"
 
 namespace gol {
 namespace cuda {
 
-DType dtype_of(const at::Tensor& t);
 // What a T is worked on in: float64 for float64, else float32.
 at::ScalarType number_of(const at::Tensor& t);
 
@@ -23,8 +22,18 @@ struct Rows {
   RowArgs args;
 };
 
-// Raises TypeError or ValueError before anything is launched.
 Rows prepare_rows(const RowArguments& a);
+RowArguments in_float64(RowArguments a);
+// The fields that the arguments of all losses have. grad: null for the loss alone.
+template <class Args> void set_rows(const Rows& rows, const at::Tensor* grad, bool reduces_loss, Args* args) {
+  args->rows = rows.args;
+  args->dtype = rows.dtype;
+  args->logits = rows.logits.const_data_ptr();
+  args->row_stride = rows.logits.stride(0);
+  args->num_columns = static_cast<int>(rows.logits.size(1));
+  args->grad = grad != nullptr ? grad->mutable_data_ptr() : nullptr;
+  args->reduces_loss = reduces_loss;
+}
 
 // Of any real type; other types than RealType's are converted in *t, which must outlive the launch.
 Reals reals(at::Tensor* t);

@@ -6,8 +6,6 @@
 namespace gol {
 namespace cuda {
 
-enum class SoftmaxReweight { kNone, kPrior, kSeesaw };
-
 struct SoftmaxArgs {
   RowArgs rows;
   DType dtype;

@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from importlib import import_module
 
 import pytest
 import torch
 
 from gol_kernels.ops import OPS, overload
-from tests import (
-    test_autograd,
-    test_bad_input,
-    test_compat,
-    test_drop_loss,
-    test_edge_cases,
-    test_family,
-    test_golden,
-    test_gradients,
-    test_modules,
-    test_ops,
-)
+from tests import test_ops
 
 MODULES = (
-    test_autograd,
-    test_bad_input,
-    test_compat,
-    test_drop_loss,
-    test_edge_cases,
-    test_family,
-    test_golden,
-    test_gradients,
-    test_modules,
+    "autograd",
+    "bad_input",
+    "compat",
+    "drop_loss",
+    "edge_cases",
+    "family",
+    "golden",
+    "gradients",
+    "modules",
 )
 OF_THE_CPU = {
     "test_label_counts",  # validates by default
@@ -42,7 +32,7 @@ OF_THE_CPU = {
 
 def _with_a_backend() -> Iterator[tuple[str, Callable[..., None]]]:
     for module in MODULES:
-        for name, test in inspect.getmembers(module, inspect.isfunction):
+        for name, test in inspect.getmembers(import_module(f"tests.test_{module}"), inspect.isfunction):
             takes = set(inspect.signature(test).parameters) & {"backend", "native_backend"}
             if name.startswith("test_") and takes and name not in OF_THE_CPU:
                 yield name, test
