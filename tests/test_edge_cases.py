@@ -108,8 +108,12 @@ def test_layouts(backend: str, case: Case, layout: str) -> None:
     else:
         view, back = logits.t().contiguous(), lambda g: g.t()
     loss, grad = loss_and_grad(lambda z: case.loss(back(z), labels, backend=backend), view)
-    torch.testing.assert_close(loss, expected_loss, rtol=0, atol=0)
-    torch.testing.assert_close(back(grad), expected, rtol=0, atol=0)
+    if cases.special_error() == 0:
+        assert torch.equal(loss, expected_loss)
+        assert torch.equal(back(grad), expected)
+    else:  # on a GPU rows that lie apart are another kernel's
+        torch.testing.assert_close(loss, expected_loss, rtol=2 * cases.loss_error(), atol=0)
+        assert relative_l2(back(grad), expected) < 2 * case.float32_error
 
 
 def test_label_slice_is_read_by_its_stride(backend: str) -> None:
