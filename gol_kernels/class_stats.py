@@ -141,7 +141,6 @@ class ClassStats(nn.Module):
         """bool [C]: image_frequency < threshold (EQL eq. 4, strict)."""
         return self.image_frequency < threshold
 
-    @torch.no_grad()
     def count(self, labels: Tensor, *, ignore_index: int = -100, validate: bool | None = None) -> Tensor:
         """Adds a batch of labels to ``label_counts``, over all ranks when ``sync`` is "global".
 
@@ -150,8 +149,7 @@ class ClassStats(nn.Module):
         Args: labels [N] int64 or int32 in 0..C or ignore_index. Returns: the updated counts.
         """
         step = label_counts(labels, self.num_classes, ignore_index=ignore_index, validate=validate)
-        self.label_counts += self._over_ranks(step)
-        return self.label_counts
+        return self.label_counts.add_(self._over_ranks(step))
 
     @torch.no_grad()
     def add_gradients(self, sums: Tensor) -> None:
@@ -160,8 +158,8 @@ class ClassStats(nn.Module):
         Args: sums float64 [2, K], of positives and of negatives, K >= C; columns beyond C are left out.
         """
         sums = self._over_ranks(sums)[:, : self.num_classes]
-        self.positive_gradient += sums[0]
-        self.negative_gradient += sums[1]
+        self.positive_gradient.add_(sums[0])
+        self.negative_gradient.add_(sums[1])
 
     @property
     def gradient_ratio(self) -> Tensor:

@@ -9,7 +9,6 @@ A row of weight 0 or of label ``ignore_index`` does not exist: it adds nothing a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -231,9 +230,11 @@ def softmax_loss(
         check_table("log_prior", log_prior, logits, (logits.shape[-1],), torch.float32, torch.float64)
     num_classes = logits.shape[-1] - 1
     kind = "none" if log_prior is None else "prior"
-    common = _common(logits, labels, row_weights, avg_factor, reduction, ignore_index, validate, num_classes)
+    tensors, options = _common(
+        logits, labels, row_weights, avg_factor, reduction, ignore_index, validate, num_classes
+    )
     op = overload("softmax_loss", _backend("softmax_loss", logits, backend))
-    return op(*common.tensors, log_prior, kind, 0.0, 0.0, 1.0, False, *common.options)[0]
+    return op(*tensors, log_prior, kind, 0.0, 0.0, 1.0, False, *options)[0]
 
 
 def seesaw_loss(
@@ -281,11 +282,11 @@ def seesaw_loss(
     check_eps(eps)
     objectness = counts in (k - 1, k - 2)
     num_classes = k - 2 if objectness else k - 1
-    common = _common(logits, labels, row_weights, avg_factor, reduction, ignore_index, validate, num_classes)
-    op = overload("softmax_loss", _backend("softmax_loss", logits, backend))
-    classes, background, _ = op(
-        *common.tensors, class_counts, "seesaw", p, q, eps, objectness, *common.options
+    tensors, options = _common(
+        logits, labels, row_weights, avg_factor, reduction, ignore_index, validate, num_classes
     )
+    op = overload("softmax_loss", _backend("softmax_loss", logits, backend))
+    classes, background, _ = op(*tensors, class_counts, "seesaw", p, q, eps, objectness, *options)
     return classes, background
 
 
@@ -307,12 +308,6 @@ def label_counts(
 
 
 # --- shared checks and defaults ------------------------------------------------------------------
-@dataclass(frozen=True)
-class _Common:
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-    options: tuple[int, int, str, float, bool, bool]
-
-
 def _bernoulli(
     link: Link,
     inverse_link: InverseLink,
@@ -329,14 +324,15 @@ def _bernoulli(
 ) -> Tensor:
     k = logits.shape[-1]
     num_classes = k - 1 if reweight is None or reweight.background_column else k
-    common = _common(logits, labels, row_weights, avg_factor, reduction, ignore_index, validate, num_classes)
+    tensors, options = _common(
+        logits, labels, row_weights, avg_factor, reduction, ignore_index, validate, num_classes
+    )
     if class_gradients is not None:
         check_table("class_gradients", class_gradients, logits, (2, k), torch.float64)
     kind, class_table, row_table, rng, *factors = op_arguments(reweight, logits, inverse_link)
     op = overload("bernoulli_loss", _backend("bernoulli_loss", logits, backend))
-    tables = class_table, row_table, rng
     loss, _, statistics = op(
-        *common.tensors, *tables, *link, kind, *factors, *common.options, class_gradients is not None
+        *tensors, class_table, row_table, rng, *link, kind, *factors, *options, class_gradients is not None
     )
     if class_gradients is not None:
         class_gradients += statistics
@@ -379,7 +375,8 @@ def _common(
     ignore_index: int,
     validate: bool | None,
     num_classes: int,
-) -> _Common:
+) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor | None], tuple[int, int, str, float, bool, bool]]:
+    """The first arguments of a loss op, and those from num_classes to compute_grad, all checked."""
     check_rows(logits, labels, row_weights, avg_factor)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
@@ -393,7 +390,7 @@ def _common(
         and logits.dtype != torch.float16
     )
     options = (num_classes, ignore_index, reduction, scale, _validate(logits, validate), compute_grad)
-    return _Common((logits, labels, row_weights, factor), options)
+    return (logits, labels, row_weights, factor), options
 
 
 def _denominator(avg_factor: float | Tensor | None, reduction: str) -> tuple[Tensor | None, str, float]:

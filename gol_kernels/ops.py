@@ -27,6 +27,7 @@ What the tables of a loss op hold depends on ``reweight``:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -136,6 +137,7 @@ class SoftmaxArguments(NamedTuple):
         return _row_arguments(self)
 
 
+_OBJECTNESS = SoftmaxArguments._fields.index("objectness")
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -207,71 +209,61 @@ _FAKES: dict[str, Callable[..., Any]] = {
 
 
 # --- autograd -----------------------------------------------------------------------------------
-def _refuse_gradient(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError(
-        "double backward is not supported: the gradient of a gol_kernels loss is made together with the "
-        "loss. Use gol_kernels.reference under autograd for second derivatives."
-    )
-
-
-class _Once(torch.autograd.Function):
-    """Identity on a gradient that was made with create_graph=True: differentiating it is refused.
-
-    The gradient is not a function of the logits in autograd's books; without this node a second
-    derivative would silently be 0.
-    """
+class _Refused(torch.autograd.Function):
+    """A gradient as a function of ``sources`` that cannot be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        _refuse_gradient(ctx, *grads)
+        raise RuntimeError(
+            "double backward is not supported: the gradient of a gol_kernels loss is made together with the "
+            "loss. Use gol_kernels.reference under autograd for second derivatives."
+        )
 
 
 def _once(grad: Tensor) -> Tensor:
-    return _Once.apply(grad.detach().requires_grad_(True)) if torch.is_grad_enabled() else grad
+    """The gradient that a backward returns; made with create_graph=True, it refuses to be differentiated.
+
+    It is not a function of the logits in autograd's books: a second derivative would silently be 0.
+    """
+    return _Refused.apply(grad.detach().requires_grad_(True)) if torch.is_grad_enabled() else grad
 
 
-def _graph_is_kept() -> bool:
-    """Whether the backward pass under way may be run again (retain_graph=True)."""
-    query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if query is None else bool(query())
+# Whether the backward pass under way may be run again (retain_graph=True).
+_graph_is_kept: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
 
 
 def _scaled(backend: str, grad: Tensor, first: Tensor, second: Tensor, split: int) -> Tensor:
     """The saved gradient, columns [0, split) times ``first`` and the others times ``second``.
 
-    A graph that is not kept has no further use of its buffer, which is scaled in place, and left untouched
-    where both are 1. While a compiler traces, tensors are of other types and the general form is recorded.
+    A graph that is neither kept nor differentiated has no further use of its buffer, which is scaled in
+    place, and left untouched where both are 1. While a compiler traces, tensors are of other types and the
+    general form is recorded.
     """
     eager = type(first) is Tensor and type(second) is Tensor
-    if eager and not _graph_is_kept():
-        with torch.no_grad():
-            overload("scale_grad_", backend)(grad, first, second, split)
+    if eager and not torch.is_grad_enabled() and not _graph_is_kept():
+        overload("scale_grad_", backend)(grad, first, second, split)
         return grad
     if split == grad.shape[1]:
         return grad * first
     return torch.cat([grad[:, :split] * first, grad[:, split:] * second], dim=1)
 
 
-def _setup_loss(num_flags: int, grad_index: int) -> Callable[..., None]:
-    """Saves the gradient where it was made, else the arguments (less the op's last flags) to make it from."""
-
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[grad_index:])
-        arguments, flags = inputs[:-num_flags], inputs[-num_flags:]
-        ctx.compute_grad = flags[0]
-        if ctx.compute_grad:
-            ctx.save_for_backward(output[grad_index])
-        else:
-            ctx.save_for_backward(*[a for a in arguments if isinstance(a, Tensor)])
-            ctx.arguments = [None if isinstance(a, Tensor) else a for a in arguments]
-            ctx.is_tensor = [isinstance(a, Tensor) for a in arguments]
-
-    return setup
+def _save(ctx: Any, arguments: tuple[Any, ...], grad: Tensor | None) -> None:
+    """Saves the gradient where it was made, else the arguments to make it from."""
+    ctx.set_materialize_grads(False)
+    ctx.grad_is_made = grad is not None
+    if grad is not None:
+        ctx.save_for_backward(grad)
+    else:
+        ctx.save_for_backward(*[a for a in arguments if isinstance(a, Tensor)])
+        ctx.arguments = [None if isinstance(a, Tensor) else a for a in arguments]
+        ctx.is_tensor = [isinstance(a, Tensor) for a in arguments]
 
 
 def _saved_arguments(ctx: Any) -> list[Any]:
@@ -285,81 +277,109 @@ def _or_zero(upstream: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if upstream is None else upstream
 
 
-def _register_formula(op: str, backend: str, backward: Any, setup: Any) -> None:
+# forward(ctx, logits, arguments, outputs) of a node returns the outputs that are differentiable, the first
+# ones. It takes all that its op was given and returned in one object each: in every call autograd looks at
+# whatever is an argument by itself.
+_Node = type[torch.autograd.Function]
+
+
+def _bernoulli_node(backend: str) -> _Node:
+    class BernoulliLoss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: Tensor, arguments: Any, outputs: Any) -> tuple[Tensor, ...]:
+            *arguments, compute_grad, _ = arguments
+            _save(ctx, arguments, outputs[1] if compute_grad else None)
+            return outputs[:1]
+
+        @staticmethod
+        def backward(ctx: Any, grad_loss: Tensor | None) -> Any:
+            if grad_loss is None:
+                return None, None, None
+            if ctx.grad_is_made:
+                (grad,) = ctx.saved_tensors
+                grad = _scaled(backend, grad, grad_loss, grad_loss, grad.shape[1])
+            else:
+                grad = overload("bernoulli_grad", backend)(grad_loss, *_saved_arguments(ctx))
+            return _once(grad), None, None
+
+    return BernoulliLoss
+
+
+def _softmax_node(backend: str) -> _Node:
+    class SoftmaxLoss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: Tensor, arguments: Any, outputs: Any) -> tuple[Tensor, ...]:
+            *arguments, compute_grad = arguments
+            _save(ctx, arguments, outputs[2] if compute_grad else None)
+            ctx.objectness = arguments[_OBJECTNESS]
+            return outputs[:2]
+
+        @staticmethod
+        def backward(ctx: Any, grad_classes: Tensor | None, grad_objectness: Tensor | None) -> Any:
+            some = grad_classes if grad_classes is not None else grad_objectness
+            if some is None:
+                return None, None, None
+            first = _or_zero(grad_classes, some)
+            second = _or_zero(grad_objectness, some) if ctx.objectness else first
+            if ctx.grad_is_made:
+                (grad,) = ctx.saved_tensors
+                grad = _scaled(backend, grad, first, second, grad.shape[1] - 2 * ctx.objectness)
+            else:
+                grad = overload("softmax_grad", backend)(first, second, *_saved_arguments(ctx))
+            return _once(grad), None, None
+
+    return SoftmaxLoss
+
+
+def _activation_node(backend: str) -> _Node:
+    class GumbelActivation(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: Tensor, arguments: Any, outputs: Any) -> tuple[Tensor, ...]:
+            ctx.save_for_backward(logits)
+            ctx.clip = arguments[1:]
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> Any:
+            grad = overload("gumbel_activation_grad", backend)(grad_output, *ctx.saved_tensors, *ctx.clip)
+            return _once(grad), None, None
+
+    return GumbelActivation
+
+
+def _attach(node: _Node, arguments: tuple[Any, ...], outputs: Any) -> Any:
+    """The outputs with their node, where the logits, the one differentiable argument, require a gradient."""
+    if not arguments[0].requires_grad:
+        return outputs
+    if isinstance(outputs, Tensor):
+        return node.apply(arguments[0], arguments, (outputs,))[0]
+    differentiable = node.apply(arguments[0], arguments, outputs)
+    return *differentiable, *outputs[len(differentiable) :]
+
+
+def _attach_refusal(arguments: tuple[Any, ...], grad: Tensor) -> Tensor:
+    sources = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    return _Refused.apply(grad, *sources) if sources else grad
+
+
+def _register_formula(op: str, backend: str, attach: Callable[[tuple[Any, ...], Any], Any]) -> None:
     """What torch.library.register_autograd does, less the 0.1 ms a call that it spends on defaults."""
     call = overload(op, backend)
 
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = call(*arguments)
-        if setup is not None:
-            setup(ctx, arguments, output)
-        return output
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(f"{op}_{backend}", (torch.autograd.Function,), methods)
-
     def kernel(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-            return function.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
-            return call(*arguments)
+            outputs = call(*arguments)
+        return attach(arguments, outputs) if torch.is_grad_enabled() else outputs
 
     _LIBRARY.impl(f"{op}_{backend}", kernel, "Autograd")
 
 
 def _register_autograd(backend: str) -> None:
-    n_bernoulli, n_softmax = (
-        len(overload(op, backend)._schema.arguments) for op in ("bernoulli_loss", "softmax_loss")
-    )
-
-    def bernoulli_backward(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> Any:
-        if grad_loss is None:
-            return (None,) * n_bernoulli
-        if ctx.compute_grad:
-            (grad,) = ctx.saved_tensors
-            grad = _scaled(backend, grad, grad_loss, grad_loss, grad.shape[1])
-        else:
-            with torch.no_grad():
-                grad = overload("bernoulli_grad", backend)(grad_loss, *_saved_arguments(ctx))
-        return (_once(grad), *(None,) * (n_bernoulli - 1))
-
-    def softmax_backward(
-        ctx: Any, grad_classes: Tensor | None, grad_objectness: Tensor | None, *unused: Tensor | None
-    ) -> Any:
-        some = grad_classes if grad_classes is not None else grad_objectness
-        if some is None:
-            return (None,) * n_softmax
-        upstream = _or_zero(grad_classes, some), _or_zero(grad_objectness, some)
-        if ctx.compute_grad:
-            (grad,) = ctx.saved_tensors
-            grad = _scaled(backend, grad, *upstream, grad.shape[1] - 2 if ctx.objectness else grad.shape[1])
-        else:
-            with torch.no_grad():
-                grad = overload("softmax_grad", backend)(*upstream, *_saved_arguments(ctx))
-        return (_once(grad), *(None,) * (n_softmax - 1))
-
-    def setup_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _setup_loss(1, 2)(ctx, inputs, output)
-        ctx.objectness = inputs[9]
-
-    def activation_backward(ctx: Any, grad_output: Tensor) -> Any:
-        with torch.no_grad():
-            grad = overload("gumbel_activation_grad", backend)(grad_output, *ctx.saved_tensors, *ctx.clip)
-        return _once(grad), None, None, None
-
-    def setup_activation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.clip = inputs[1:]
-
-    def register(op: str, backward: Any, setup: Any = None) -> None:
-        _register_formula(op, backend, backward, setup)
-
-    register("bernoulli_loss", bernoulli_backward, _setup_loss(2, 1))
-    register("softmax_loss", softmax_backward, setup_softmax)
-    register("gumbel_activation", activation_backward, setup_activation)
+    _register_formula("bernoulli_loss", backend, partial(_attach, _bernoulli_node(backend)))
+    _register_formula("softmax_loss", backend, partial(_attach, _softmax_node(backend)))
+    _register_formula("gumbel_activation", backend, partial(_attach, _activation_node(backend)))
     for op in ("bernoulli_grad", "softmax_grad", "gumbel_activation_grad"):
-        register(op, _refuse_gradient)
+        _register_formula(op, backend, _attach_refusal)
 
 
 def _define() -> None:

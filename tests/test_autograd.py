@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gol_kernels as gk
 from tests.cases import BY_NAME, CASES, Case, loss_and_grad
@@ -113,6 +116,35 @@ def test_double_backward_is_refused(backend: str, case: Case, reduction: str) ->
     (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         grad.square().sum().backward()
+
+
+class _Calls(TorchDispatchMode):
+    """What the dispatcher is asked for, in order, and the gradient that a loss op returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.grad = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.names.append(func.name().split("::")[1])
+        if "_loss_" in self.names[-1]:
+            self.grad = next(t.data_ptr() for t in result if t.dim() == 2)
+        return result
+
+
+@pytest.mark.parametrize(("name", "op"), [("gumbel", "bernoulli_loss"), ("softmax", "softmax_loss")])
+def test_a_plain_step_is_a_loss_and_a_scaling_that_moves_nothing(backend: str, name: str, op: str) -> None:
+    """Each further op is a good part of a small loss; the leaf's gradient is the buffer of the forward."""
+    case = BY_NAME[name]
+    logits, labels = case.inputs(7, 33)
+    leaf = logits.requires_grad_(True)
+    with _Calls() as calls:
+        case.loss(leaf, labels, backend=backend).backward()
+    assert calls.names == [f"{op}_{backend}", "ones_like", f"scale_grad__{backend}", "detach"]
+    assert leaf.grad is not None
+    assert leaf.grad.data_ptr() == calls.grad
 
 
 def test_no_gradient_no_buffer(backend: str) -> None:

@@ -18,11 +18,11 @@ void gumbel_activation(const GumbelActivationArgs& args, at::Device) {
 
 // Nothing is moved where both are 1, as they are after a plain loss.backward().
 void scale_grad(const at::Tensor& grad, const at::Tensor& first, const at::Tensor& second, int64_t split) {
-  const auto scale = [](const at::Tensor& part, const at::Tensor& factor) {
-    if (factor.item<double>() != 1) part.mul_(factor);
+  const auto scale = [&](int64_t begin, int64_t length, const at::Tensor& factor) {
+    if (length != 0 && factor.item<double>() != 1) grad.narrow(1, begin, length).mul_(factor);
   };
-  scale(grad.narrow(1, 0, split), first);
-  scale(grad.narrow(1, split, grad.size(1) - split), second);
+  scale(0, split, first);
+  scale(split, grad.size(1) - split, second);
 }
 
 void label_counts(const at::Tensor& labels, int64_t ignore_index, at::Tensor* counts) {
