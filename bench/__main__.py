@@ -22,6 +22,8 @@ from .measure import MALLOC_MODES, measure
 from .meters import CudaMeter, HostMeter, Meter
 from .records import ROOT, Row, append, environment, newest_complete, read
 from .report import BEGIN, END, replace_between, tables, target_lines
+from .training import options as training_options
+from .training import report as training_report
 
 RECORDS = ROOT / "bench" / "records" / "cpu.jsonl"
 GPU_RECORDS = RECORDS.with_name("gpu.jsonl")
@@ -49,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.records is None and not options.small:
             options.records = SCALE_RECORDS
         return run.run(options)
+    elif options.command == "training":
+        from .training import run as training_run
+
+        return training_run.run(options)
     elif options.command == "gpu":
         return _run_on_gpu(options)
     elif options.command == "worker":
@@ -75,7 +81,7 @@ def _draw(options: argparse.Namespace) -> None:
 
 
 def _write_readme(options: argparse.Namespace) -> None:
-    """Of the GPU, and of LVIS's size, nothing is written while nothing was measured."""
+    """Of the GPU, of a training step and of LVIS's size, nothing is written while nothing was measured."""
     from . import demo
     from .scale import report as scale
 
@@ -85,6 +91,9 @@ def _write_readme(options: argparse.Namespace) -> None:
     if options.gpu_records.exists():
         rows = device_report.newest(read(options.gpu_records))
         replace_between(options.readme, device_report.BEGIN, device_report.END, device_report.tables(rows))
+    if options.training_records.exists():
+        text = training_report.table(read(options.training_records))
+        replace_between(options.readme, training_report.BEGIN, training_report.END, text)
     if options.scale_records.exists():
         replace_between(
             options.scale_readme, scale.BEGIN, scale.END, scale.table(read(options.scale_records))
@@ -213,12 +222,16 @@ def _parser() -> argparse.ArgumentParser:
     worker.add_argument("malloc", choices=tuple(MALLOC_MODES))
     worker.add_argument("output", type=Path)
     _add_scale(commands.add_parser("scale", help="the trainer at LVIS's size: measure and record"))
+    training_options.add_arguments(
+        commands.add_parser("training", help="the trainer's step on the GPU: measure and record")
+    )
     _add_gpu(commands.add_parser("gpu", parents=[common], help="measure on the GPU and record"))
     readme = commands.add_parser("readme", help="write the README's tables")
     readme.add_argument("--records", type=Path, default=RECORDS)
     readme.add_argument("--gpu-records", type=Path, default=GPU_RECORDS)
     readme.add_argument("--demo-records", type=Path, default=DEMO_RECORDS)
     readme.add_argument("--scale-records", type=Path, default=SCALE_RECORDS)
+    readme.add_argument("--training-records", type=Path, default=training_options.RECORDS)
     readme.add_argument("--readme", type=Path, default=ROOT / "README.md")
     readme.add_argument("--scale-readme", type=Path, default=SCALE_README)
     demo_runs = commands.add_parser("demo", help="record finished runs of the demo, and draw its picture")

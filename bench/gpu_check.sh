@@ -1,39 +1,41 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command that mostly takes under eight minutes, or in parts:
+# Everything that needs a GPU, in one command, or in parts of under ten minutes:
 #
-#     bench/gpu_check.sh [--dry-run] [--stages build,tests,sanitizers,bench] [OUT]
+#     bench/gpu_check.sh [--dry-run] [--stages build,tests,sanitizers,bench,training] [OUT]
 #
 # Builds for this machine's GPU, runs tests/gpu, compute-sanitizer over a small set of calls, and the benches. A stage
 # that fails or runs out of time does not stop the others. All that is worth keeping is left in OUT (default: $OUT, else
 # gpu_check/), as it comes, with a summary in OUT/summary.txt. The exit status is that of the worst stage.
 #
-# The limits of all stages together are longer. Where a command may take ten minutes at most, in four, the most
-# important first; they add to OUT's summary and rows, and build in seconds what is built already. The first bench goes
-# through every loss at N = 65536, 8192 and 512 and K = 1204, then again with torch.compile; the second through other
-# widths.
+# Where a command may take ten minutes at most, in five, the most important first; they add to OUT's summary and rows,
+# and build in seconds what is built already. The first bench goes through every loss at N = 65536, 8192 and 512 and
+# K = 1204, then again with torch.compile; the second through other widths; the last through the trainer's steps.
 #
 #     bench/gpu_check.sh --stages build,tests OUT
 #     bench/gpu_check.sh --stages build,sanitizers OUT
 #     BENCH_S=360 bench/gpu_check.sh --stages build,bench OUT
 #     export BENCH_ARGS="--profile full --columns 1203 1205 8192 21841 --dtypes float32 bfloat16 --eager"
 #     BENCH_S=360 bench/gpu_check.sh --stages build,bench OUT
+#     TRAINING_S=480 bench/gpu_check.sh --stages build,training OUT
 #
 # The machine needs Python 3.10+ with torch, setuptools and numpy, nvcc, a C++ compiler, and no network. It may lack
 # packages that are not essential: put their wheels into wheels/ (pytest with pluggy, iniconfig, packaging and pygments;
-# pytest-xdist with execnet; hypothesis with sortedcontainers; ninja; liger-kernel, quack-kernels), and they are
-# installed to a temporary folder. Without pytest a plain script runs a part of the tests, without xdist they take
-# longer, without ninja the build does.
+# pytest-xdist with execnet; hypothesis with sortedcontainers; ninja; liger-kernel, quack-kernels; for the trainer what
+# pyproject.toml has under detector, of which lvis and hotcoco are not needed), and they are installed to a temporary
+# folder. Without pytest a plain script runs a part of the tests, without xdist they take longer, without ninja the
+# build does.
 #
 # --dry-run goes through all stages on a machine without a GPU: it compiles for compute capability 9.0 and runs on the
 # CPU what can run there.
 #
 # Variables: PYTHON (python3), MAX_JOBS, NVCC_FLAGS; GOL_KERNELS_COMMIT names the commit in the records where the tree
-# has no repository; BENCH_ARGS are passed to `python -m bench gpu`; {BUILD,TESTS,TRITON,SANITIZERS,BENCH}_S are the
-# stages' limits in seconds. The bench adds its rows to OUT/gpu.jsonl.
+# has no repository; BENCH_ARGS are passed to `python -m bench gpu`, TRAINING_ARGS to `python -m bench training`;
+# {BUILD,TESTS,TRITON,SANITIZERS,BENCH,TRAINING}_S are the stages' limits in seconds. The benches add their rows to
+# OUT/gpu.jsonl and OUT/training.jsonl.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-dry=0 stages=build,tests,sanitizers,bench out=${OUT:-gpu_check}
+dry=0 stages=build,tests,sanitizers,bench,training out=${OUT:-gpu_check}
 while (($#)); do
     case $1 in
         --dry-run) dry=1 ;;
@@ -52,7 +54,7 @@ for stage in ${stages//,/ }; do
     case $stage in
         build | sanitizers) rm -f "$out/$stage.log" ;;
         tests) rm -f "$out"/tests{.log,-cuda.xml,-triton.xml} ;;
-        bench) rm -f "$out/bench.log" ;;
+        bench | training) rm -f "$out/$stage.log" ;;
         *) echo "no stage $stage" >&2 && exit 2 ;;
     esac
 done
@@ -195,6 +197,16 @@ bench() {
         "$python" -m bench plot --only gpu --gpu-records "$out/gpu.jsonl" --folder "$out"
 }
 
+# training: the trainer's step, in the same waiting policy as `python -m detector` sets
+training() {
+    local limit=${TRAINING_S:-300} how=(--budget-s $((${TRAINING_S:-300} / 2)) --records "$out/training.jsonl")
+    ((dry)) && how=(--dry-run)
+    # shellcheck disable=SC2086  # TRAINING_ARGS are words
+    OMP_WAIT_POLICY=PASSIVE stage training "$limit" "$out/training.log" \
+        "$python" -m bench training "${how[@]}" ${TRAINING_ARGS:-}
+    grep -aE '^(FAIL|time is used up)|images/s, step|^  (device_ms|host_ms|bound)' "$out/training.log" | tee -a "$summary"
+}
+
 prepare
 wanted build && build
 if wanted tests && wanted sanitizers && ((!dry)); then
@@ -208,5 +220,6 @@ else
     wanted sanitizers && sanitizers
 fi
 wanted bench && bench
+wanted training && training
 say "$SECONDS s in all; worst status $worst; see $out"
 exit "$worst"
