@@ -26,7 +26,7 @@ case "$*" in
     *"pip install"*) mkdir -p "${@: -2:1}" ;;
     --version) echo Python 3.12.3; exit ;;
 esac
-for stage in setup.py pytest small_set "bench gpu" "bench plot" choose; do
+for stage in setup.py pytest small_set "bench gpu" "bench plot" "bench training" choose; do
     [[ "$*" == *"$stage"* ]] || continue
     [[ $HANG == "$stage" ]] && sleep 60
     [[ $FAIL == "$stage" ]] && { echo "FAILED tests/gpu/x.py::test_y"; exit 3; }
@@ -34,6 +34,7 @@ done
 [[ "$*" == *"-m pytest"* ]] && echo "7 passed, 1 skipped in 0.1s"
 [[ "$*" == *small_set* ]] && echo "native: 0 failures in 72 calls"
 [[ "$*" == *"bench gpu"* ]] && { echo "PASS gumbel 0.95 of copy"; echo "OMP ${OMP_NUM_THREADS-unset}"; }
+[[ "$*" == *"bench training"* ]] && echo "gol, ours: 31.0 images/s, step 500.0 ms; OMP $OMP_WAIT_POLICY"
 exit 0
 """
 SANITIZER = """#!/usr/bin/env bash
@@ -110,12 +111,15 @@ def test_all_stages(check: Check) -> None:
         "racecheck, triton",
         "bench",
         "plot",
+        "training",
     ):
         assert check.verdict(stage) == "PASS"
     for line in ("NVIDIA Z80", "compute capability 9.0, Python 3.12.3", "7 passed, 1 skipped in 0.1s"):
         assert line in check.summary
     assert check.summary.count("ERROR SUMMARY: 0 errors") == 4
     assert "PASS gumbel 0.95 of copy" in check.summary
+    assert "gol, ours: 31.0 images/s, step 500.0 ms; OMP PASSIVE" in check.summary
+    assert f"bench training --budget-s 150 --records {check.out}/training.jsonl" in check.calls
     assert "setup.py build_ext --inplace" in check.calls
     assert "-k not triton" in check.calls
     assert check.calls.count("sanitizer --tool") == 4
@@ -131,6 +135,7 @@ def test_all_stages(check: Check) -> None:
         ("pytest", "tests/gpu, CUDA"),
         ("small_set", "memcheck, triton"),
         ("bench gpu", "bench"),
+        ("bench training", "training"),
     ],
 )
 def test_a_stage_that_fails_does_not_stop_the_others(check: Check, fail: str, verdict: str) -> None:
@@ -187,7 +192,9 @@ def test_dry_run(check: Check) -> None:
     assert "import torch;" not in check.calls
     assert "sanitizer --tool" not in check.calls
     assert "tests/gpu, collected" in check.summary
-    assert "--dry-run" in check.calls
+    assert "bench gpu --records" in check.calls
+    assert check.calls.count("--dry-run") == 2  # of both benches
+    assert "bench training --dry-run" in check.calls
     assert "compute capability 9.0" in check.summary
 
 

@@ -87,7 +87,7 @@ class MeasuredTrainer(Trainer):
         self.synced_at: dict[str, Counter[str]] = {form: Counter() for form in FORMS}
         self.profile: Row = {}
         self.profiler = profiler(process.device)
-        self.full_loader, self.loader = self.loader, _Marked(self.loader, self.timeline)  # type: ignore[assignment]
+        self.full_loader, self.loader = self.loader, _Marked(self.loader, self.timeline)
         begin = self.timeline.begin
         self.model.register_forward_pre_hook(lambda *_: begin("forward"))
         self.model.register_forward_hook(lambda *_: begin("backward"))
