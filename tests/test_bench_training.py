@@ -56,9 +56,10 @@ def test_dry_run_gives_a_row_for_each_form(dry_run: tuple[int, list[records.Row]
         ("gol", form, "first") for form in FORMS
     ]
     for row in rows:
+        assert row["set"] == []
         assert {"commit", "versions", "machine", "load_average", "date"} <= row.keys()
         assert (row["kind"], row["config"], row["device"]) == ("training", "lvis_v1_gol", "cpu")
-        assert (row["classes"], row["batch_size"], row["steps"], row["dtype"]) == (40, 2, 2, "fp32")
+        assert (row["classes"], row["batch_size"], row["steps"], row["dtype"]) == (200, 2, 2, "fp32")
         assert row["norm"] == "frozen_bn"  # the preset's
         assert all(64 <= side <= 96 for side in row["padded"])
         assert row["rows"] == 64
@@ -108,6 +109,22 @@ def test_what_does_not_add_up_is_told(
     (found,) = report.problems([dry_run[1][0], row])
     assert found.startswith("FAIL gol, released: ")
     assert problem in found
+
+
+def test_a_loss_that_fails_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(config: Any, *_: object) -> list[records.Row]:
+        if config.loss.name == "gol":
+            raise FloatingPointError("the loss is not finite")
+        return []
+
+    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(run, "_prepare", lambda config, *_, dry: config)
+    assert run.run(options("--dry-run", "--losses", "gol", "seesaw")) == 1
+    assert capsys.readouterr().out.splitlines() == ["FAIL gol: not measured"]
+    assert run.run(options("--dry-run", "--losses", "gol", "seesaw", "--budget-s", "-1")) == 0
+    assert "time is used up: gol, seesaw not measured" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import os
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -30,11 +31,10 @@ from detector.engine.distributed import Process, process_group
 PACKAGES = ("torchvision", "numpy", "pillow")
 LOSSES = ("gol", "seesaw")
 INSTANCES = 12.7  # of an image, as in LVIS v1
-SPARE = (
-    1.25  # images of the epoch over those of the planned steps, so that no step waits for an epoch to begin
-)
+SPARE = 1.25  # images of the epoch over those of the planned steps: no step waits for an epoch to begin
 BRANCH = 0.25  # scale of a residual branch: random weights then pass sixteen blocks on at about their size
-FIXED = ("data.root", "data.train", "data.val", "data.images", "output", "loss.name")
+RATE = 1e-6  # learning rate: random weights must not diverge, and no cost of a step depends on it
+FIXED = ("data.root", "data.train", "data.val", "data.images", "output", "loss.name", "train.lr")
 
 # What a user would set on this machine; --set goes over it.
 REAL = ("train.precision=bf16", "train.batch_size=16")
@@ -55,15 +55,15 @@ DRY = (
     "model.mask_head_layers=1",
     "train.batch_size=2",
 )
-REAL_SIZE, DRY_SIZE = Size(train_images=2000, jpegs=96), Size(train_images=60, classes=40, jpegs=4)
+REAL_SIZE, DRY_SIZE = Size(train_images=2000, jpegs=96), Size(train_images=60, classes=200, jpegs=4)
 REAL_EFFORT, DRY_EFFORT = Effort(10, 40, 5, syncs=2, profiled=3), Effort(1, 2, 1, syncs=1, profiled=1)
 
 
 def run(options: argparse.Namespace) -> int:
-    """0; 1 when the parts of a step do not add up to what the trainer logged."""
+    """0; 1 when a loss could not be measured, or a step's parts do not add up to what the trainer logged."""
     config, effort = _config(options), _effort(options)
     facts = environment(*PACKAGES)
-    facts["run"] = options.run or facts["run"]
+    facts |= {"run": options.run or facts["run"], "set": options.set}
     records = RECORDS if options.records is None and not options.dry_run else options.records
     end, good = time.monotonic() + options.budget_s, True
     losses = options.losses or LOSSES
@@ -80,10 +80,18 @@ def run(options: argparse.Namespace) -> int:
                 output=str(Path(scratch) / name),
             )
             load = {"load_average": list(os.getloadavg())}
-            rows = [facts | load | row for row in measure(own, process, effort, plan)]
+            try:
+                found = measure(own, process, effort, plan)
+            except (RuntimeError, ArithmeticError):  # of torch, or a loss that is no number: others may run
+                traceback.print_exc()
+                print(f"FAIL {name}: not measured", flush=True)
+                good = False
+                continue
+            rows = [facts | load | row for row in found]
             if records is not None:
                 append(records, rows)
-            print(*lines(rows), sep="\n", flush=True)
+            for text in lines(rows):
+                print(text, flush=True)
             good = good and not problems(rows)
     return int(not good)
 
@@ -143,9 +151,10 @@ def _prepare(config: Config, folder: Path, plan: Sequence[Planned], block: int, 
     model = config.model
     if model.weights != "none":
         model = replace(model, weights=str(_random_weights(folder, model.backbone)))
-    # A checkpoint is written at the end alone, no rate changes on the way, each block has a row of the log.
+    # A checkpoint is written at the end alone, and each block has a row of the log.
     train = replace(
         config.train,
+        lr=RATE,
         max_steps=len(plan),
         milestones=(len(plan),),
         checkpoint_interval=len(plan) + 1,
