@@ -72,9 +72,10 @@ class Effort:
 
 
 class MeasuredTrainer(Trainer):
-    """Runs the planned steps. Its `parts`, `peak_mb` and so on are those of every step, in order.
+    """Runs the planned steps; config.train.max_steps has to be as many.
 
-    config.train.max_steps has to be the length of the plan.
+    Of every step: peak_mb; padded, (height, width) of the batch; labels, those of the first stage's RoIs.
+    Of some: synced_at, by form and line of code the waits for the GPU; profile, see `profiled.summary`.
     """
 
     def __init__(self, config: Config, process: Process, plan: Sequence[Planned]) -> None:
