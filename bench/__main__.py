@@ -23,6 +23,8 @@ from .measure import MALLOC_MODES, measure
 from .meters import CudaMeter, HostMeter, Meter
 from .records import ROOT, Row, append, environment, newest_complete, read
 from .report import BEGIN, END, replace_between, tables, target_lines
+from .training import options as training_options
+from .training import report as training_report
 
 RECORDS = ROOT / "bench" / "records" / "cpu.jsonl"
 GPU_RECORDS = RECORDS.with_name("gpu.jsonl")
@@ -55,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from . import learning
 
         return learning.run(options)
+    elif options.command == "training":
+        from .training import run as training_run
+
+        return training_run.run(options)
     elif options.command == "gpu":
         return _run_on_gpu(options)
     elif options.command == "worker":
@@ -81,25 +87,27 @@ def _draw(options: argparse.Namespace) -> None:
 
 
 def _write_readme(options: argparse.Namespace) -> None:
-    """Of the GPU, and of LVIS's size, nothing is written while nothing was measured."""
-    from . import demo
+    """The tables of all record files that are there: of what was not measured nothing is written."""
+    from . import demo, learning
     from .scale import report as scale
 
-    speed = newest_complete(read(options.records), CASES, MALLOC_MODES)
-    replace_between(options.readme, BEGIN, END, tables(speed))
-    replace_between(options.readme, demo.BEGIN, demo.END, demo.table(read(options.demo_records)))
-    if options.gpu_records.exists():
-        rows = device_report.newest(read(options.gpu_records))
-        replace_between(options.readme, device_report.BEGIN, device_report.END, device_report.tables(rows))
-    if options.learning_records.exists():
-        from . import learning
+    def speed(rows: list[Row]) -> str:
+        return tables(newest_complete(rows, CASES, MALLOC_MODES))
 
-        rows = read(options.learning_records)
-        replace_between(options.readme, learning.BEGIN, learning.END, learning.table(rows))
-    if options.scale_records.exists():
-        replace_between(
-            options.scale_readme, scale.BEGIN, scale.END, scale.table(read(options.scale_records))
-        )
+    def on_gpu(rows: list[Row]) -> str:
+        return device_report.tables(device_report.newest(rows))
+
+    readme = options.readme
+    for records, page, begin, end, table in (
+        (options.records, readme, BEGIN, END, speed),
+        (options.gpu_records, readme, device_report.BEGIN, device_report.END, on_gpu),
+        (options.training_records, readme, training_report.BEGIN, training_report.END, training_report.table),
+        (options.learning_records, readme, learning.BEGIN, learning.END, learning.table),
+        (options.demo_records, readme, demo.BEGIN, demo.END, demo.table),
+        (options.scale_records, options.scale_readme, scale.BEGIN, scale.END, scale.table),
+    ):
+        if records.exists():
+            replace_between(page, begin, end, table(read(records)))
 
 
 def _measure(options: argparse.Namespace) -> tuple[list[Row], list[str]]:
@@ -225,6 +233,9 @@ def _parser() -> argparse.ArgumentParser:
     worker.add_argument("output", type=Path)
     _add_scale(commands.add_parser("scale", help="the trainer at LVIS's size: measure and record"))
     _add_learning(commands.add_parser("learning", help="train a detector with each loss in turn, and record"))
+    training_options.add_arguments(
+        commands.add_parser("training", help="the trainer's step on the GPU: measure and record")
+    )
     _add_gpu(commands.add_parser("gpu", parents=[common], help="measure on the GPU and record"))
     readme = commands.add_parser("readme", help="write the README's tables")
     readme.add_argument("--records", type=Path, default=RECORDS)
@@ -232,6 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     readme.add_argument("--demo-records", type=Path, default=DEMO_RECORDS)
     readme.add_argument("--learning-records", type=Path, default=LEARNING_RECORDS)
     readme.add_argument("--scale-records", type=Path, default=SCALE_RECORDS)
+    readme.add_argument("--training-records", type=Path, default=training_options.RECORDS)
     readme.add_argument("--readme", type=Path, default=ROOT / "README.md")
     readme.add_argument("--scale-readme", type=Path, default=SCALE_README)
     demo_runs = commands.add_parser("demo", help="record finished runs of the demo, and draw its picture")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,8 +36,6 @@ EAGER_SETS = 8
 def environment() -> Row:
     """What every row of a run shares, with the yardsticks' versions."""
     facts = records.environment()
-    # A copy of the tree without its repository may be told what it is a copy of.
-    facts["commit"] = facts["commit"] or os.environ.get("GOL_KERNELS_COMMIT")
     for name, package in YARDSTICKS.items():
         try:
             facts["versions"][name] = metadata.version(package)

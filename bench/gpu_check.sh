@@ -5,31 +5,36 @@
 #
 # Builds for this machine's GPU, runs tests/gpu, compute-sanitizer over a small set of calls, and the benches. A stage
 # that fails or runs out of time does not stop the others. All that is worth keeping is left in OUT (default: $OUT, else
-# gpu_check/), as it comes, with a summary in OUT/summary.txt. The exit status is that of the worst stage.
+# gpu_check/), as it comes, with a summary in OUT/summary.txt. The exit status is that of the worst stage. Two stages
+# more are for the trainer: training measures its steps, learning trains a detector with each loss in turn.
 #
-# The limits of all stages together are longer. Where a command may take ten minutes at most, in four, the most
+# The limits of all stages together are longer. Where a command may take ten minutes at most, in parts, the most
 # important first; they add to OUT's summary and rows, and build in seconds what is built already. The first bench goes
 # through every loss at N = 65536, 8192 and 512 and K = 1204, then again with torch.compile; the second through other
-# widths.
+# widths. learning goes on where it was stopped while runs/ is there, as often as it is called.
 #
 #     bench/gpu_check.sh --stages build,tests OUT
 #     bench/gpu_check.sh --stages build,sanitizers OUT
 #     BENCH_S=360 bench/gpu_check.sh --stages build,bench OUT
 #     export BENCH_ARGS="--profile full --columns 1203 1205 8192 21841 --dtypes float32 bfloat16 --eager"
 #     BENCH_S=360 bench/gpu_check.sh --stages build,bench OUT
+#     TRAINING_S=480 bench/gpu_check.sh --stages build,training OUT
+#     bench/gpu_check.sh --stages build,learning OUT
 #
 # The machine needs Python 3.10+ with torch, setuptools and numpy, nvcc, a C++ compiler, and no network. It may lack
 # packages that are not essential: put their wheels into wheels/ (pytest with pluggy, iniconfig, packaging and pygments;
-# pytest-xdist with execnet; hypothesis with sortedcontainers; ninja; liger-kernel, quack-kernels), and they are
-# installed to a temporary folder. Without pytest a plain script runs a part of the tests, without xdist they take
-# longer, without ninja the build does.
+# pytest-xdist with execnet; hypothesis with sortedcontainers; ninja; liger-kernel, quack-kernels; for the trainer what
+# pyproject.toml has under detector, of which learning alone needs lvis or hotcoco), and they are installed to a temporary
+# folder. Without pytest a plain script runs a part of the tests, without xdist they take longer, without ninja the
+# build does.
 #
 # --dry-run goes through all stages on a machine without a GPU: it compiles for compute capability 9.0 and runs on the
 # CPU what can run there.
 #
 # Variables: PYTHON (python3), MAX_JOBS, NVCC_FLAGS; GOL_KERNELS_COMMIT names the commit in the records where the tree
-# has no repository; BENCH_ARGS are passed to `python -m bench gpu`; {BUILD,TESTS,TRITON,SANITIZERS,BENCH}_S are the
-# stages' limits in seconds. The bench adds its rows to OUT/gpu.jsonl.
+# has no repository; {BENCH,TRAINING,LEARNING}_ARGS are passed to `python -m bench {gpu,training,learning}`;
+# {BUILD,TESTS,TRITON,SANITIZERS,BENCH,TRAINING,LEARNING}_S are the stages' limits in seconds. The benches add their
+# rows to OUT/{gpu,training,learning}.jsonl.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -52,7 +57,7 @@ for stage in ${stages//,/ }; do
     case $stage in
         build | sanitizers) rm -f "$out/$stage.log" ;;
         tests) rm -f "$out"/tests{.log,-cuda.xml,-triton.xml} ;;
-        bench) rm -f "$out/bench.log" ;;
+        bench | training | learning) rm -f "$out/$stage.log" ;;
         *) echo "no stage $stage" >&2 && exit 2 ;;
     esac
 done
@@ -195,6 +200,29 @@ bench() {
         "$python" -m bench plot --only gpu --gpu-records "$out/gpu.jsonl" --folder "$out"
 }
 
+# training: the trainer's step, in the same waiting policy as `python -m detector` sets
+training() {
+    local limit=${TRAINING_S:-300} how=(--budget-s $((${TRAINING_S:-300} / 2)) --records "$out/training.jsonl")
+    ((dry)) && how=(--dry-run)
+    # shellcheck disable=SC2086  # TRAINING_ARGS are words
+    OMP_WAIT_POLICY=PASSIVE stage training "$limit" "$out/training.log" \
+        "$python" -m bench training "${how[@]}" ${TRAINING_ARGS:-}
+    grep -aE '^(FAIL|time is used up)|images/s, step|^  (device_ms|host_ms|bound)' "$out/training.log" | tee -a "$summary"
+}
+
+# learning: runs side by side, since one of them does not fill a big GPU
+learning() {
+    local limit=${LEARNING_S:-540} how=(--config synthetic_1203 --jobs 4 --records "$out/learning.jsonl")
+    how+=(--budget-s $((limit - 60)))
+    ((dry)) && how=(--losses gumbel --seeds 0 --folder "$work/learning" --records "$work/learning.jsonl"
+        --set synthetic.{num_train=12,num_val=4,num_classes=3,image_size=64} data.{min_sizes=[64],test_size=64}
+        train.{max_steps=2,milestones=[1],batch_size=2} model.fpn_channels=32)
+    # shellcheck disable=SC2086  # LEARNING_ARGS are words
+    OMP_WAIT_POLICY=PASSIVE stage learning "$limit" "$out/learning.log" \
+        "$python" -m bench learning "${how[@]}" ${LEARNING_ARGS:-}
+    grep -aE '^\||exit status|runs finished' "$out/learning.log" | tee -a "$summary"
+}
+
 prepare
 wanted build && build
 if wanted tests && wanted sanitizers && ((!dry)); then
@@ -208,5 +236,7 @@ else
     wanted sanitizers && sanitizers
 fi
 wanted bench && bench
+wanted training && training
+wanted learning && learning
 say "$SECONDS s in all; worst status $worst; see $out"
 exit "$worst"

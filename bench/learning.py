@@ -57,7 +57,7 @@ LOSSES = {
 
 
 def run(options: argparse.Namespace) -> int:
-    """Trains what is not trained yet and records what has finished; 0 when all has.
+    """Trains what is not trained yet and records what has finished; 1 where a run failed.
 
     Raises: SystemExit for a loss that is not known, options that no data set can be made with, and where a
     finished run has other settings.
@@ -85,15 +85,14 @@ def run(options: argparse.Namespace) -> int:
             else:
                 fresh = ["--config", options.config, "--output", str(folder), "--overwrite"]
                 commands[folder] = ["train", *fresh, *settings]
-    _run_all(commands, options.jobs, end)
+    failed = _run_all(commands, options.jobs, end)
     rows = _finished(options)
     known = read(options.records) if options.records.exists() else []
     append(options.records, [row for row in rows if row not in known])
     if rows:
         print(table(rows))
-    missing = len(options.seeds) * len(options.losses) - len(rows)
-    print(f"{len(rows)} runs finished, {missing} to go")
-    return int(missing > 0)
+    print(f"{len(rows)} runs finished, {len(options.seeds) * len(options.losses) - len(rows)} to go")
+    return int(failed > 0)
 
 
 def _check_same(folder: Path, config: Any) -> None:
@@ -104,12 +103,12 @@ def _check_same(folder: Path, config: Any) -> None:
             raise SystemExit(f"{folder} was made with other settings of {section}: choose another --folder")
 
 
-def _run_all(commands: dict[Path, list[str]], jobs: int, end: float) -> None:
+def _run_all(commands: dict[Path, list[str]], jobs: int, end: float) -> int:
     """Runs the commands, `jobs` at a time, each with a log beside its folder; stops them at `end`, as a
-    SIGTERM from elsewhere would."""
+    SIGTERM from elsewhere would. How many failed."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    waiting, running = list(commands.items()), {}
+    waiting, running, failed = list(commands.items()), {}, 0
     while (waiting or running) and time.monotonic() < end:
         while waiting and len(running) < jobs:
             folder, arguments = waiting.pop(0)
@@ -121,11 +120,13 @@ def _run_all(commands: dict[Path, list[str]], jobs: int, end: float) -> None:
         for folder, process in list(running.items()):
             if process.poll() is not None:
                 print(f"{folder.name}: exit status {process.returncode}", flush=True)
+                failed += process.returncode != 0
                 del running[folder]
     for process in running.values():
         process.send_signal(signal.SIGTERM)
     for process in running.values():
         process.wait()
+    return failed
 
 
 def _finished(options: argparse.Namespace) -> list[Row]:

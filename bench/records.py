@@ -2,14 +2,15 @@
 
 A line of kind "speed" is one provider on one case under one malloc mode; of kind "accuracy", one provider's
 errors on one case; of kind "device", one provider on one case at one size on a GPU; of kind "scale", one
-figure of the trainer at LVIS's size with its limit. Each says by itself when, where and with what it was
-measured.
+figure of the trainer at LVIS's size with its limit; of kind "training", the trainer's step with one form of a
+loss. Each says by itself when, where and with what it was measured.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def environment() -> Row:
-    """What every row of a run shares."""
-    return named(info.environment())
+def environment(*packages: str) -> Row:
+    """What every row of a run shares, with these packages' versions beside torch's and our own."""
+    facts = named(info.environment(*packages))
+    # A copy of the tree without its repository may be told what it is a copy of.
+    facts["commit"] = facts["commit"] or os.environ.get("GOL_KERNELS_COMMIT")
+    return facts
 
 
 def named(facts: Row) -> Row:

@@ -226,7 +226,8 @@ def test_readme_tables_stand_between_the_markers(tmp_path: Path) -> None:
         assert min(picture.getpixel((600, 990))) > 250  # all of it from the page's upper part
     path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\n{demo.BEGIN}{demo.END}\nafter\n")
     arguments = ["readme", "--records", str(store), "--readme", str(path), "--demo-records", str(demo_store)]
-    arguments += ["--scale-records", str(tmp_path / "none.jsonl")]
+    for kind in ("scale", "training", "learning"):
+        arguments += [f"--{kind}-records", str(tmp_path / "none.jsonl")]
     assert main(arguments) == 0
     text = path.read_text()
     assert text.startswith("before\n<!--")

@@ -363,7 +363,8 @@ def test_readme_and_plot_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     empty = str(tmp_path / "empty.jsonl")
     shared = ["--records", empty, "--gpu-records", str(store)]
     write = ["readme", *shared, "--demo-records", empty, "--readme", str(readme)]
-    write += ["--scale-records", str(tmp_path / "none.jsonl")]
+    for kind in ("scale", "training", "learning"):
+        write += [f"--{kind}-records", str(tmp_path / "none.jsonl")]
     main(write)
     main(["plot", *shared, "--folder", str(tmp_path / "plots")])
     assert "GB/s" not in readme.read_text()
@@ -410,10 +411,10 @@ def test_without_a_gpu_nothing_is_measured() -> None:
 
 def test_the_commit_may_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOL_KERNELS_COMMIT", "0123abc")
-    facts = records.environment()
-    monkeypatch.setattr(records, "environment", lambda: {**facts, "commit": None})
+    facts = records.info.environment()
+    monkeypatch.setattr(records.info, "environment", lambda *_: {**facts, "commit": None})
     assert device.environment()["commit"] == "0123abc"
-    monkeypatch.setattr(records, "environment", lambda: {**facts, "commit": "fed"})
+    monkeypatch.setattr(records.info, "environment", lambda *_: {**facts, "commit": "fed"})
     assert device.environment()["commit"] == "fed"
 
 

@@ -134,7 +134,9 @@ def test_readme_shows_the_newest_finding_of_the_full_size(
     readme.write_text("".join(f"{begin}old{end}" for begin, end in pairs))
     paths = {"--records": empty, "--demo-records": empty, "--scale-records": store, "--readme": readme}
     paths["--scale-readme"] = readme
-    options = [str(part) for pair in {**paths, "--gpu-records": tmp_path / "none"}.items() for part in pair]
+    for kind in ("gpu", "training", "learning"):
+        paths[f"--{kind}-records"] = tmp_path / "none"
+    options = [str(part) for pair in paths.items() for part in pair]
     with pytest.raises(ValueError, match="nothing was measured at the full size"):
         report.table([row("1", "read", 1.0, True, "small")])
     records.append(

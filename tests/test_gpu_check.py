@@ -26,7 +26,7 @@ case "$*" in
     *"pip install"*) mkdir -p "${@: -2:1}" ;;
     --version) echo Python 3.12.3; exit ;;
 esac
-for stage in setup.py pytest small_set "bench gpu" "bench plot" choose; do
+for stage in setup.py pytest small_set "bench gpu" "bench plot" "bench training" "bench learning" choose; do
     [[ "$*" == *"$stage"* ]] || continue
     [[ $HANG == "$stage" ]] && sleep 60
     [[ $FAIL == "$stage" ]] && { echo "FAILED tests/gpu/x.py::test_y"; exit 3; }
@@ -34,6 +34,8 @@ done
 [[ "$*" == *"-m pytest"* ]] && echo "7 passed, 1 skipped in 0.1s"
 [[ "$*" == *small_set* ]] && echo "native: 0 failures in 72 calls"
 [[ "$*" == *"bench gpu"* ]] && { echo "PASS gumbel 0.95 of copy"; echo "OMP ${OMP_NUM_THREADS-unset}"; }
+[[ "$*" == *"bench learning"* ]] && echo "| Gumbel | 20.0 |"
+[[ "$*" == *"bench training"* ]] && echo "gol, ours: 31.0 images/s, step 500.0 ms; OMP $OMP_WAIT_POLICY"
 exit 0
 """
 SANITIZER = """#!/usr/bin/env bash
@@ -97,8 +99,11 @@ def check(tmp_path: Path) -> Check:
     return Check(tmp_path)
 
 
+ALL = ("--stages", "build,tests,sanitizers,bench,training,learning")
+
+
 def test_all_stages(check: Check) -> None:
-    assert check.run() == 0
+    assert check.run(*ALL) == 0
     for stage in (
         "build",
         "both backends on CUDA",
@@ -110,12 +115,18 @@ def test_all_stages(check: Check) -> None:
         "racecheck, triton",
         "bench",
         "plot",
+        "training",
+        "learning",
     ):
         assert check.verdict(stage) == "PASS"
     for line in ("NVIDIA Z80", "compute capability 9.0, Python 3.12.3", "7 passed, 1 skipped in 0.1s"):
         assert line in check.summary
     assert check.summary.count("ERROR SUMMARY: 0 errors") == 4
     assert "PASS gumbel 0.95 of copy" in check.summary
+    assert "gol, ours: 31.0 images/s, step 500.0 ms; OMP PASSIVE" in check.summary
+    assert f"bench training --budget-s 150 --records {check.out}/training.jsonl" in check.calls
+    assert "| Gumbel | 20.0 |" in check.summary
+    assert f"--records {check.out}/learning.jsonl --budget-s 480" in check.calls
     assert "setup.py build_ext --inplace" in check.calls
     assert "-k not triton" in check.calls
     assert check.calls.count("sanitizer --tool") == 4
@@ -131,10 +142,12 @@ def test_all_stages(check: Check) -> None:
         ("pytest", "tests/gpu, CUDA"),
         ("small_set", "memcheck, triton"),
         ("bench gpu", "bench"),
+        ("bench training", "training"),
+        ("bench learning", "learning"),
     ],
 )
 def test_a_stage_that_fails_does_not_stop_the_others(check: Check, fail: str, verdict: str) -> None:
-    assert check.run(FAIL=fail) == (1 if fail == "small_set" else 3)
+    assert check.run(*ALL, FAIL=fail) == (1 if fail == "small_set" else 3)
     lines = check.summary.splitlines()
     assert check.verdict(verdict) == "FAIL, status 3"
     assert sum(line.endswith("PASS") for line in lines) >= 6
@@ -183,11 +196,14 @@ def test_wheels_are_installed_aside(check: Check, tmp_path: Path) -> None:
 
 def test_dry_run(check: Check) -> None:
     """No GPU is asked for anything."""
-    assert check.run("--dry-run") == 0
+    assert check.run("--dry-run", *ALL) == 0
     assert "import torch;" not in check.calls
     assert "sanitizer --tool" not in check.calls
     assert "tests/gpu, collected" in check.summary
-    assert "--dry-run" in check.calls
+    assert "bench gpu --records" in check.calls
+    assert check.calls.count("--dry-run") == 2  # of both benches
+    assert "bench training --dry-run" in check.calls
+    assert "data.min_sizes=[64] data.test_size=64" in check.calls
     assert "compute capability 9.0" in check.summary
 
 
