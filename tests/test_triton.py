@@ -294,16 +294,17 @@ def test_resources(requests: list[Request], tuned: Tuned, tmp_path: Path) -> Non
 def test_code_does_not_grow_with_the_row(
     requests: list[Request], name: str, held: int, tmp_path: Path
 ) -> None:
-    """Rows wider than a program's registers hold are gone through by loops: without spills, and with at most a
-    quarter more code than the widest that is held."""
-    case, found = BY_NAME[name], {}
+    """Rows wider than registers hold are gone through by loops: nothing spilled, and at most a quarter more
+    code than the widest that is held."""
+    case, limit = BY_NAME[name], 0.0
     for columns in (held, 100_000, 1_000_000):
         logits, labels = case.inputs(2, columns - case.extra_logits)
         case.loss(logits.requires_grad_(True), labels, validate=False, backend="triton")
-        found[columns] = _compiled(requests[-1], 90, tmp_path)
-        print(f"{name} {columns}: {found[columns].instructions} instructions")
-    assert [f.stack for f in found.values()] == [0, 0, 0]
-    assert max(f.instructions for f in found.values()) <= 1.25 * found[held].instructions
+        found = _compiled(requests[-1], 90, tmp_path)
+        print(f"{name} {columns}: {found.instructions} instructions, {found.stack} bytes spilled")
+        limit = limit or 1.25 * found.instructions
+        assert found.stack == 0
+        assert found.instructions <= limit
 
 
 def test_everything_compiles(requests: list[Request], tmp_path: Path) -> None:
