@@ -22,6 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOAD, STORE = r"^LDG\.E\.(\w+\.)*128", r"^STG\.E\.(\w+\.)*128"
+LOAD_32, STORE_32 = r"^LDG\.E(\.CONSTANT)? ", r"^STG\.E "
+SPECIAL = r"^MUFU"
 SPECIAL_COST = 8
 
 _LINE = re.compile(r"^\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*(?P<text>.*?);")
@@ -74,14 +76,18 @@ class Kernel:
 
     def step(self, *via: str, stores: int = 1) -> list[str]:
         """The instructions of a common step of the main loop, which stores so many vectors."""
+        return self.turn(LOAD, *via, *(STORE,) * stores)
+
+    def turn(self, load: str, *via: str) -> list[str]:
+        """The instructions of the cheapest loop from such a load by others, in this order, back to it."""
         successors = self._successors()
-        goals = [self._addresses(pattern) for pattern in (*via, *(STORE,) * stores)]
+        goals = [self._addresses(pattern) for pattern in via]
         ways = [
             way
-            for load in self._addresses(LOAD)
-            if (way := self._cheapest(successors, load, [*goals, {load}]))
+            for start in self._addresses(load)
+            if (way := self._cheapest(successors, start, [*goals, {start}]))
         ]
-        assert ways, f"{self.name} has no loop from a 128-bit load by {[*via, stores]} back to it"
+        assert ways, f"{self.name} has no loop from {load} by {via} back to it"
         cheapest = min(ways, key=self._cost)
         assert len(set(cheapest)) == len(cheapest), f"{self.name}: the step is more than one turn of the loop"
         return [self.code[address] for address in cheapest]

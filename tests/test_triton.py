@@ -287,6 +287,26 @@ def test_resources(requests: list[Request], tuned: Tuned, tmp_path: Path) -> Non
         assert mufu <= 1.2 * tuned.mufu
 
 
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [("gumbel", 2048), ("gumbel-drop", 2048), ("softmax-prior", 32768), ("seesaw-no-objectness", 32768)],
+)
+def test_code_does_not_grow_with_the_row(
+    requests: list[Request], name: str, held: int, tmp_path: Path
+) -> None:
+    """Rows wider than registers hold are gone through by loops: nothing spilled, and at most a quarter more
+    code than the widest that is held."""
+    case, limit = BY_NAME[name], 0.0
+    for columns in (held, 100_000, 1_000_000):
+        logits, labels = case.inputs(2, columns - case.extra_logits)
+        case.loss(logits.requires_grad_(True), labels, validate=False, backend="triton")
+        found = _compiled(requests[-1], 90, tmp_path)
+        print(f"{name} {columns}: {found.instructions} instructions, {found.stack} bytes spilled")
+        limit = limit or 1.25 * found.instructions
+        assert found.stack == 0
+        assert found.instructions <= limit
+
+
 def test_everything_compiles(requests: list[Request], tmp_path: Path) -> None:
     """What is not watched above: the interpreter accepts more than the compiler does."""
     common: dict[str, Any] = {"validate": False, "backend": "triton"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gol_kernels as gk
-from gol_kernels.backends.triton import elementwise
+from gol_kernels.backends.triton import elementwise, softmax
 from gol_kernels.backends.triton.rows import prepare
 from gol_kernels.ops import RowArguments, overload
 from tests.cases import BY_NAME, CASES, Case, counts, loss_and_grad, relative_l2, truth
@@ -53,6 +53,68 @@ def test_rows_of_many_blocks_or_warps(name: str) -> None:
     loss, grad = loss_and_grad(lambda z: case.loss(z, labels, reduction="none", backend=BACKEND), logits)
     torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-6, atol=0)
     assert relative_l2(grad, expected) <= 4e-7
+
+
+SOFTMAX = [case for case in CASES if case.name.startswith(("softmax", "seesaw"))]
+HELD = {torch.float64: 256} | dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), 512)
+"""Columns that ``few_registers`` hold."""
+
+
+@pytest.fixture
+def few_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide rows are read again from a width on that the interpreter is quick with."""
+    monkeypatch.setattr(softmax, "_WARPS", 1)
+    monkeypatch.setattr(softmax, "_HELD_CHUNKS", 2)
+
+
+@pytest.mark.usefixtures("few_registers")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", SOFTMAX, ids=lambda case: case.name)
+def test_softmax_rows_on_both_sides_of_what_registers_hold(case: Case, dtype: torch.dtype) -> None:
+    """The last that is held, the first that is not, whose tail is one column, and three turns and a part;
+    labels in the first column, the last, and between."""
+    for columns, held in ((HELD[dtype], True), (HELD[dtype] + 1, False), (3 * HELD[dtype] + 77, False)):
+        plan = softmax._plan(columns, torch.float64 if dtype == torch.float64 else torch.float32)
+        assert (plan.chunk * plan.chunks >= columns) == held
+        pair = 2 if case.name == "seesaw" else 0
+        logits, labels = case.inputs(5, columns + pair - case.extra_logits, dtype)
+        labels[0], labels[1], labels[2] = 0, columns - 1, columns // 2
+        expected_loss, expected = truth(case, logits, labels, reduction="none")
+        loss, grad = loss_and_grad(
+            lambda z, y=labels: case.loss(z, y, reduction="none", backend=BACKEND), logits
+        )
+        grad_tolerance, loss_tolerance = TOLERANCE[dtype]
+        assert relative_l2(loss, expected_loss) <= loss_tolerance
+        assert relative_l2(grad, expected) <= max(
+            grad_tolerance, case.tolerance if dtype == torch.float32 else 0
+        )
+
+
+@pytest.mark.parametrize("name", ["softmax", "seesaw-no-objectness"])
+def test_extreme_softmax_rows_are_the_same_read_or_held(name: str, request: pytest.FixtureRequest) -> None:
+    """Columns of a turn that are all -inf, maxima that come late, and what is not finite, in each turn."""
+    case, columns, middle = BY_NAME[name], 1300, 650
+    inf = math.inf
+    labels = torch.tensor([1299, 3, 700, 5, 0, 9, 600])
+    logits, _ = case.inputs(len(labels), columns - case.extra_logits)
+    logits[0, :-1] = -inf
+    logits[1, :middle] = -inf
+    logits[2] = torch.linspace(-3e4, 3e4, columns)
+    logits[3, middle] = math.nan
+    logits[4, 1280] = inf
+    logits[5, 9] = -inf
+    logits[6] = -inf
+    results = []
+    for _ in range(2):
+        results.append(
+            loss_and_grad(lambda z: case.loss(z, labels, reduction="none", backend=BACKEND), logits)
+        )
+        request.getfixturevalue("few_registers")
+    (loss, grad), (read_loss, read_grad) = results
+    assert loss.isnan().tolist() == [False, False, False, True, True, False, True]
+    assert loss[5] == inf
+    torch.testing.assert_close(read_loss, loss, rtol=1e-6, atol=0, equal_nan=True)
+    torch.testing.assert_close(read_grad, grad, rtol=2e-6, atol=1e-9, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["gumbel", "gumbel-drop", "probit-acsl", "softmax", "seesaw"])

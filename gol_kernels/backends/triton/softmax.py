@@ -1,13 +1,13 @@
 """The softmax family: cross-entropy with constant log-weights, and Seesaw's objectness pair, in one pass.
 
-A row is a program whose chunks lie in registers.
+A row is a program whose chunks lie in registers; beyond 32 768 columns (float64: 16 384) they do so in turn.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -60,51 +60,162 @@ def objectness_row(row, logits, grad, row_loss, foreground, scale, LAYOUT: tl.co
         tl.store(pair + 1, value * -sign)
 
 
+# --- columns: xs are those of a stretch, a tuple of chunks from column ``start`` on --------------------
 @triton.jit
-def exponents(zs, own, label, class_table, REWEIGHT: tl.constexpr, LAYOUT: tl.constexpr, W: tl.constexpr):
-    """log2 of a row's exponentials, the largest 1, by chunks and of the label, whose logit is ``own``."""
-    if REWEIGHT.kind == "prior":
-        own += tl.load(class_table + label).to(W)
-    xs = ()
-    top = tl.full(zs[0].shape, float("-inf"), W)
-    for k in tl.static_range(len(zs)):
-        x = zs[k].to(W)
-        if REWEIGHT.kind == "prior":
-            columns = k * zs[0].shape[0] + tl.arange(0, zs[0].shape[0])
-            x += tl.load(table_at(class_table, columns, LAYOUT), columns < LAYOUT.columns, 0).to(W)
-        top = tl.maximum(top, x)
-        xs = append(xs, x)
-    highest = tl.max(top, 0)
-    shifted = ()
-    for k in tl.static_range(len(zs)):
-        shifted = append(shifted, (xs[k] - highest) * LOG2_E)
-    return shifted, (own - highest) * LOG2_E
-
-
-@triton.jit
-def seesaw_exponents(
-    xs, own, label, log_powers, REWEIGHT: tl.constexpr, LAYOUT: tl.constexpr, W: tl.constexpr
+def other_logits(
+    zs, start, label, class_table, REWEIGHT: tl.constexpr, LAYOUT: tl.constexpr, W: tl.constexpr
 ):
-    """``exponents`` with Seesaw's log2 M and log2 C added, both 0 at the label: see csrc/loss_math.h."""
-    total = tl.zeros(xs[0].shape, W)
-    for k in tl.static_range(len(xs)):
-        total += exp2(xs[k])
-    threshold = tl.maximum(log2(tl.sum(total, 0)) + REWEIGHT.log2_eps, own)
-    own_power, bias = tl.load(log_powers + label), threshold * REWEIGHT.q
+    """Logits with their prior; -inf in the place of the label's, whose exponential is not among the sums."""
+    xs = ()
+    for k in tl.static_range(len(zs)):
+        columns = start + k * zs[0].shape[0] + tl.arange(0, zs[0].shape[0])
+        is_label = tl.arange(0, zs[0].shape[0]) == label - (start + k * zs[0].shape[0])
+        x = tl.where(is_label, float("-inf"), zs[k].to(W))
+        if REWEIGHT.kind == "prior":
+            x += tl.load(table_at(class_table, columns, LAYOUT), columns < LAYOUT.columns, 0).to(W)
+        xs = append(xs, x)
+    return xs
+
+
+@triton.jit
+def seesaw_row(own, others, label, log_powers, REWEIGHT: tl.constexpr):
+    """(log2 of the label's power, threshold) of a row, from its plain exponentials."""
+    threshold = tl.maximum(log2(others + exp2(own)) + REWEIGHT.log2_eps, own)
+    return tl.load(log_powers + label), threshold
+
+
+@triton.jit
+def seesaw_exponents(xs, start, seesaw, log_powers, REWEIGHT: tl.constexpr, LAYOUT: tl.constexpr):
+    """Exponents with Seesaw's log2 M and log2 C added, both 0 at the label: see csrc/loss_math.h."""
+    own_power, threshold = seesaw
+    bias = threshold * REWEIGHT.q
     ys = ()
-    top = tl.full(xs[0].shape, float("-inf"), W)
     for k in tl.static_range(len(xs)):
-        columns = k * xs[0].shape[0] + tl.arange(0, xs[0].shape[0])
+        columns = start + k * xs[0].shape[0] + tl.arange(0, xs[0].shape[0])
         power = tl.load(table_at(log_powers, columns, LAYOUT), columns < LAYOUT.columns, 0)
         # x + q max(0, x - threshold) + min(0, log2 n_j^p - log2 n_y^p)
         y = tl.maximum(xs[k], xs[k] * (1.0 + REWEIGHT.q) - bias) + tl.minimum(power - own_power, 0.0)
-        top = tl.maximum(top, y)
         ys = append(ys, y)
-    highest = tl.max(top, 0)
+    return ys
+
+
+@triton.jit
+def highest_of(xs, highest):
+    for k in tl.static_range(len(xs)):
+        highest = tl.maximum(highest, xs[k])
+    return highest
+
+
+@triton.jit
+def exponents(xs, highest, UNIT: tl.constexpr):
+    """log2 of exponentials of which the highest is 1. UNIT: log2 of e for logits, 1 for exponents."""
     shifted = ()
     for k in tl.static_range(len(xs)):
-        shifted = append(shifted, ys[k] - highest)
-    return shifted, own - highest
+        shifted = append(shifted, (xs[k] - highest) * UNIT)
+    return shifted
+
+
+@triton.jit
+def add_exponentials(xs, total):
+    for k in tl.static_range(len(xs)):
+        total += exp2(xs[k])
+    return total
+
+
+@triton.jit
+def store_slopes(xs, start, row, ratio, grad, LAYOUT: tl.constexpr):
+    """Of a row's exponents, whose exponentials times ratio are the gradient."""
+    for k in tl.static_range(len(xs)):
+        columns = start + k * xs[0].shape[0] + tl.arange(0, xs[0].shape[0])
+        tl.store(grad + row * LAYOUT.grad_stride + columns, exp2(xs[k]) * ratio, columns < LAYOUT.columns)
+
+
+# --- a row in registers ---------------------------------------------------------------------------------
+@triton.jit
+def held_sums(xs, own, UNIT: tl.constexpr):
+    """(exponents of the others, of the label, sum of the others' exponentials)."""
+    lowest = tl.full(xs[0].shape, float("-inf"), xs[0].dtype)
+    highest = tl.maximum(tl.max(highest_of(xs, lowest), 0), own)
+    xs = exponents(xs, highest, UNIT)
+    others = tl.sum(add_exponentials(xs, tl.zeros_like(xs[0])), 0)
+    return xs, (own - highest) * UNIT, others
+
+
+@triton.jit
+def held_row(zs, own, label, class_table, REWEIGHT: tl.constexpr, LAYOUT: tl.constexpr, W: tl.constexpr):
+    """``held_sums`` of a row's logits, reweighted."""
+    xs = other_logits(zs, 0, label, class_table, REWEIGHT, LAYOUT, W)
+    xs, own, others = held_sums(xs, own, LOG2_E)
+    if REWEIGHT.kind == "seesaw":
+        seesaw = seesaw_row(own, others, label, class_table, REWEIGHT)
+        xs = seesaw_exponents(xs, 0, seesaw, class_table, REWEIGHT, LAYOUT)
+        xs, own, others = held_sums(xs, own, 1.0)
+    return xs, own, others
+
+
+# --- a wider row, read once for each sum and once for the gradient --------------------------------------
+@triton.jit
+def read_exponents(
+    start,
+    logits,
+    row,
+    label,
+    class_table,
+    highest,
+    seesaw,
+    highest_seesaw,
+    REWEIGHT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    W: tl.constexpr,
+):
+    """A stretch as ``held_row`` has it, so far as the numbers of the row are known; logits if none is."""
+    zs = load_row(logits, row, start, LAYOUT, CHUNK, CHUNKS, float("-inf"))
+    xs = other_logits(zs, start, label, class_table, REWEIGHT, LAYOUT, W)
+    if highest is not None:
+        xs = exponents(xs, highest, LOG2_E)
+    if seesaw is not None:
+        xs = seesaw_exponents(xs, start, seesaw, class_table, REWEIGHT, LAYOUT)
+    if highest_seesaw is not None:
+        xs = exponents(xs, highest_seesaw, 1.0)
+    return xs
+
+
+@triton.jit
+def read_sums(
+    own,
+    logits,
+    row,
+    label,
+    class_table,
+    highest,
+    seesaw,
+    UNIT: tl.constexpr,
+    REWEIGHT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    W: tl.constexpr,
+):
+    """(highest, exponent of the label, sum of the others' exponentials) in one pass, as ``held_sums``.
+
+    A sum is relative to the highest seen so far (Milakov and Gimelshein 2018, Online normalizer calculation
+    for softmax, algorithm 3); every thread has its own.
+    """
+    top = tl.full([CHUNK], float("-inf"), W)
+    total = tl.zeros([CHUNK], W)
+    for start in tl.range(0, LAYOUT.columns, CHUNK * CHUNKS, loop_unroll_factor=1):
+        xs = read_exponents(
+            start, logits, row, label, class_table, highest, seesaw, None, REWEIGHT, LAYOUT, CHUNK, CHUNKS, W
+        )
+        before = top
+        top = highest_of(xs, before)
+        base = tl.where(top == float("-inf"), number(0.0, W), top)  # -inf less itself would be NaN
+        total = add_exponentials(exponents(xs, base, UNIT), total * exp2((before - base) * UNIT))
+    top_of_row = tl.maximum(tl.max(top, 0), own)
+    others = tl.sum(total * exp2((top - top_of_row) * UNIT), 0)
+    return top_of_row, (own - top_of_row) * UNIT, others
 
 
 @triton.jit
@@ -128,8 +239,10 @@ def softmax_kernel(
     W: tl.constexpr,
 ):
     """Program row: row_loss and row_objectness [N], grad [N, K]; each may be None."""
+    HELD: tl.constexpr = LAYOUT.columns <= CHUNK * CHUNKS
     row = tl.program_id(0).to(tl.int64)
-    zs = load_row(logits, row, 0, LAYOUT, CHUNK, CHUNKS, float("-inf"))
+    if HELD:
+        zs = load_row(logits, row, 0, LAYOUT, CHUNK, CHUNKS, float("-inf"))
     label, legal, weight, factor = row_of(row, labels, row_weights, denominator, scale, LAYOUT, W)
     row_scale = scale_of(row, legal, weight, factor, upstream, LAYOUT)
     foreground = label < LAYOUT.columns
@@ -141,41 +254,69 @@ def softmax_kernel(
         if row_loss is not None:
             tl.store(row_loss + row, row_scale)
         if grad is not None:
-            fill_row(grad, row, 0, row_scale, LAYOUT, CHUNK, CHUNKS)
+            fill_row(grad, row, 0, row_scale, LAYOUT, CHUNK, (LAYOUT.columns + CHUNK - 1) // CHUNK)
         return
-    own_z = tl.load(logits + row * LAYOUT.row_stride + label).to(W)
-    xs, own = exponents(zs, own_z, label, class_table, REWEIGHT, LAYOUT, W)
-    if REWEIGHT.kind == "seesaw":
-        xs, own = seesaw_exponents(xs, own, label, class_table, REWEIGHT, LAYOUT, W)
-    es = ()
-    rest = tl.zeros([CHUNK], W)
-    for k in tl.static_range(CHUNKS):
-        e = tl.where(tl.arange(0, CHUNK) == label - k * CHUNK, 0.0, exp2(xs[k]))
-        rest += e
-        es = append(es, e)
+    own = tl.load(logits + row * LAYOUT.row_stride + label).to(W)
+    if REWEIGHT.kind == "prior":
+        own += tl.load(class_table + label).to(W)
+    if HELD:
+        xs, own, others = held_row(zs, own, label, class_table, REWEIGHT, LAYOUT, W)
+    else:
+        seesaw = None
+        highest_seesaw = None
+        highest, own, others = read_sums(
+            own, logits, row, label, class_table, None, None, LOG2_E, REWEIGHT, LAYOUT, CHUNK, CHUNKS, W
+        )
+        if REWEIGHT.kind == "seesaw":
+            seesaw = seesaw_row(own, others, label, class_table, REWEIGHT)
+            highest_seesaw, own, others = read_sums(
+                own, logits, row, label, class_table, highest, seesaw, 1.0, REWEIGHT, LAYOUT, CHUNK, CHUNKS, W
+            )
     # loss = log(1 + others / e_y), and for the label the gradient -others / (others + e_y): neither cancels
     # when the label's probability is close to 1.
-    others, at_label = tl.sum(rest, 0), exp2(own)
+    at_label = exp2(own)
     if row_loss is not None:
         tiny = at_label < 1e-30
         loss = log1p(others / tl.where(tiny, number(1.0, W), at_label))
         tl.store(row_loss + row, tl.where(tiny, (log2(others) - own) * LN_2, loss) * row_scale)
     if grad is not None:
         ratio = row_scale / (others + at_label)
-        for k in tl.static_range(CHUNKS):
-            columns = k * CHUNK + tl.arange(0, CHUNK)
-            tl.store(grad + row * LAYOUT.grad_stride + columns, es[k] * ratio, columns < LAYOUT.columns)
+        if HELD:
+            store_slopes(xs, 0, row, ratio, grad, LAYOUT)
+        else:
+            for start in tl.range(0, LAYOUT.columns, CHUNK * CHUNKS, loop_unroll_factor=1):
+                xs = read_exponents(
+                    start, logits, row, label, class_table, highest, seesaw, highest_seesaw,
+                    REWEIGHT, LAYOUT, CHUNK, CHUNKS, W,
+                )  # fmt: skip
+                store_slopes(xs, start, row, ratio, grad, LAYOUT)
         tl.debug_barrier()  # another thread has stored a 0 there
         tl.store(grad + row * LAYOUT.grad_stride + label, others * ratio * -1.0)
 
 
 # --- on the host ---------------------------------------------------------------------------------
-_CHUNKS = 8  # of a program; a wider row takes more warps
+_WARPS = 16  # of a program at most: the threads of 32 have half the registers each
+_HELD_CHUNKS = 8  # that registers hold; a wider row takes more warps
+_READ_CHUNKS = 2  # of a row wider than all of them hold, in a turn of its loops
 
 
-def _num_warps(columns: int, chunk: int) -> int:
-    """Warps for a row of at most eight chunks a warp; beyond 32 warps rows spill out of the registers."""
-    return min(32, power_of_2(cdiv(columns, chunk * _CHUNKS)))
+class _Plan(NamedTuple):
+    """How a row is cut: in ``chunks`` of ``chunk`` columns at once, by a program of ``num_warps``."""
+
+    chunk: int
+    chunks: int
+    num_warps: int
+    number: tl.dtype  # that is worked in
+
+
+def _plan(columns: int, dtype: torch.dtype) -> _Plan:
+    of_warp = columns_plan(columns, dtype, _HELD_CHUNKS)
+    num_warps = min(_WARPS, power_of_2(cdiv(columns, of_warp.chunk * _HELD_CHUNKS)))
+    chunk = of_warp.chunk * num_warps
+    chunks = cdiv(columns, chunk)
+    if chunks > _HELD_CHUNKS:
+        chunks = _READ_CHUNKS
+    return _Plan(chunk, chunks, num_warps, of_warp.number)
 
 
 def _table(op: str, a: SoftmaxArguments, columns: int) -> Tensor | None:
@@ -207,9 +348,7 @@ def _run(
     row_loss = logits.new_empty((1, n), dtype=dtype) if compute_loss else None
     row_objectness = logits.new_empty((1, n), dtype=dtype) if compute_loss and a.objectness else None
     grad = logits.new_empty((n, width)) if compute_grad else None
-    plan = columns_plan(columns, dtype, _CHUNKS)
-    num_warps = _num_warps(columns, plan.chunk)
-    chunk = plan.chunk * num_warps
+    plan = _plan(columns, dtype)
     launch(
         softmax_kernel,
         (n,),
@@ -219,10 +358,10 @@ def _run(
         REWEIGHT=Reweight(a.reweight, max(a.q, 0.0), math.log2(a.eps)),
         LAYOUT=replace(rows.layout, columns=columns),
         OBJECTNESS=a.objectness,
-        CHUNK=chunk,
-        CHUNKS=cdiv(columns, chunk),
+        CHUNK=plan.chunk,
+        CHUNKS=plan.chunks,
         W=plan.number,
-        num_warps=num_warps,
+        num_warps=plan.num_warps,
     )
     return row_loss, row_objectness, grad
 
