@@ -3,7 +3,8 @@
 A line of kind "speed" is one provider on one case under one malloc mode; of kind "accuracy", one provider's
 errors on one case; of kind "device", one provider on one case at one size on a GPU; of kind "scale", one
 figure of the trainer at LVIS's size with its limit; of kind "training", the trainer's step with one form of a
-loss; of kinds "demo" and "learning", a finished run. Each says by itself when, where and with what it was measured.
+loss; of kinds "demo" and "learning", a finished run. Each says by itself when, where and with what it was
+measured.
 """
 
 from __future__ import annotations
