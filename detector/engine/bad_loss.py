@@ -11,6 +11,7 @@ from torch import Tensor
 
 from detector.engine.checkpoint import save_checkpoint
 from detector.engine.distributed import Process
+from detector.transfer import OnTheWay
 
 KEPT = 3  # bad steps of which batch and state are written, 400 MB each for a ResNet-50
 ADVICE = "A lower train.lr, train.clip_grad_norm or a longer train.warmup_steps may help."
@@ -20,25 +21,14 @@ Losses = dict[str, float]
 
 
 class PendingLosses:
-    """The losses of a step on their way to the host.
-
-    On a GPU the copy is queued behind the forward pass. Read when the backward pass has been queued, too,
-    they arrive before the GPU runs out of work: the host waits, the GPU does not.
-    """
+    """The losses of a step on their way to the host, to be read when the backward pass has been queued."""
 
     def __init__(self, losses: dict[str, Tensor]) -> None:
         self.names = list(losses)
-        values = torch.stack([value.detach().float() for value in losses.values()])
-        self.values, self.copied = values, None
-        if values.is_cuda:
-            self.values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
-            self.copied = torch.cuda.Event()
-            self.copied.record()
+        self.values = OnTheWay(torch.stack([value.detach().float() for value in losses.values()]))
 
     def read(self) -> Losses:
-        if self.copied is not None:
-            self.copied.synchronize()
-        return dict(zip(self.names, self.values.tolist(), strict=True))
+        return dict(zip(self.names, self.values.read().tolist(), strict=True))
 
 
 def is_bad(losses: Losses, limit: float) -> bool:

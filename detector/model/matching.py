@@ -50,6 +50,8 @@ def match_boxes(
 def _among_best(truth: Tensor, blocks: tuple[Tensor, ...], highest: Tensor) -> Tensor:
     """bool [N]: boxes that overlap some object as much as any box does; highest [number of blocks, G]."""
     best = highest.amax(dim=0)
+    if len(blocks) == 1:  # where all objects met; no GPU is waited for
+        return (_iou(truth, blocks[0]) == best[:, None]).any(dim=0)
     found = [torch.zeros(len(block), dtype=torch.bool, device=block.device) for block in blocks]
     reached = (highest == best).cpu()  # the one time that a GPU is waited for
     for number, objects in enumerate(reached):

@@ -20,6 +20,7 @@ from detector.model.postprocess import DetectionSettings, select_detections
 from detector.model.predictors import BoxPredictor, MaskHead, MaskPredictor
 from detector.model.rois import RoiSampler, SampledRois, Target
 from detector.model.sampling import mean_over_ranks
+from detector.transfer import OnTheWay
 from gol_kernels.losses import LongTailLoss
 
 SMOOTH_L1_BETA = 1 / 9  # torchvision's roi_heads.fastrcnn_loss
@@ -177,13 +178,15 @@ class RoIHeads(nn.Module):
         """Mean binary cross-entropy of the foreground RoIs' own class planes (Mask R-CNN, section 3)."""
         positive, counts = rois.positive, rois.positive_counts
         boxes = torch.cat(rois.boxes)[positive]
+        # Wanted on the host, which draws the objects' masks while a GPU is busy with the mask head.
+        on_the_way = OnTheWay(rois.matched[positive]), OnTheWay(boxes)
         pooled = self.mask_pool(features, list(boxes.split(counts)), padded)
         stage = list(self)[number]
         planes = stage.mask_predictor(self._mask_features(number, pooled), rois.labels[positive])
         count = mean_over_ranks(planes.numel(), planes.device)
         if len(positive) == 0:
             return planes.sum()  # zero, and every parameter still takes part
-        matched, boxes = rois.matched[positive].cpu(), boxes.cpu()
+        matched, boxes = (tensor.read() for tensor in on_the_way)
         wanted = torch.cat(
             [
                 target["masks"].crop(box, index, planes.shape[-1])
