@@ -206,7 +206,7 @@ def test_plan(kernels: list[Kernel], plan: Plan) -> None:
 
 @pytest.mark.parametrize("plan", PASSES, ids=lambda p: f"softmax_general-{p.reweight}-{p.name}")
 def test_general_softmax(kernels: list[Kernel], plan: Pass) -> None:
-    name = f"softmax_general<float, (gol::cuda::SoftmaxReweight){plan.reweight}>"
+    name = f"softmax_general<float, (gol::SoftmaxReweight){plan.reweight}>"
     (kernel,) = [k for k in kernels if name in k.name]
     # A turn is known by its loads, which all go before what is then done, and by that.
     done = (STORE_32,) * plan.stores or (SPECIAL,) * plan.special
