@@ -412,7 +412,7 @@ CASES = {
             1,
             _ours_prior,
             Form(released.balanced_softmax, _labels_prior),
-            {"compiled": Form(closed_forms.softmax_with_prior, _labels_prior)},
+            {"compiled": Form(closed_forms.softmax, _labels_prior)},
             _EXACT,
         ),
         Case(
@@ -421,7 +421,7 @@ CASES = {
             1,
             _ours_prior,
             Form(released.equilibrium, _labels_prior),
-            {"compiled": Form(closed_forms.softmax_with_prior, _labels_prior)},
+            {"compiled": Form(closed_forms.softmax, _labels_prior)},
             _EXACT,
         ),
     )

@@ -82,11 +82,14 @@ def acsl(z: Tensor, labels: Tensor, class_groups: Tensor, row_groups: Tensor) ->
     return _sigmoid(z, labels, torch.where(foreground, z >= math.log(0.7 / 0.3), drawn))
 
 
-def softmax(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy over K columns."""
+def softmax(z: Tensor, labels: Tensor, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy over K columns, of softmax(z + log prior) where there is a prior.
+
+    The exponentials are multiplied by it: Inductor would take its logarithm anew for every element.
+    """
     n = z.shape[0]
-    e, loss = _softmax_rows(z, labels)
-    return loss.sum() / n, e.scatter_add_(1, labels[:, None], z.new_full((n, 1), -1.0)) / n
+    p, loss = _softmax_rows(z, labels, prior)
+    return loss.sum() / n, p.scatter_add_(1, labels[:, None], z.new_full((n, 1), -1.0)) / n
 
 
 def seesaw(z: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,11 +107,6 @@ def seesaw(z: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return (loss.sum() + objectness.sum()) / n, grad
 
 
-def softmax_with_prior(z: Tensor, labels: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of softmax(z + log prior) over K columns."""
-    return softmax(z + prior.log(), labels)
-
-
 def _seesaw_log_weight(log_s: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
     """p = 0.8, q = 2, eps = 0.01. Both factors vanish at the label: ln n_y - ln n_y, and log s_y is not above
     the limit."""
@@ -118,11 +116,14 @@ def _seesaw_log_weight(log_s: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
     return 0.8 * mitigation + 2.0 * (log_s - limit).clamp(min=0)
 
 
-def _softmax_rows(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax_rows(z: Tensor, labels: Tensor, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
     m = z.amax(1, keepdim=True)
     e = torch.exp(z - m)
+    if prior is not None:
+        e = e * prior
     total = e.sum(1, keepdim=True)
-    return e / total, (total.log() + m - z.gather(1, labels[:, None]))[:, 0]
+    loss = (total.log() + m - z.gather(1, labels[:, None]))[:, 0]
+    return e / total, loss if prior is None else loss - prior[labels].log()
 
 
 def _drop_kept(labels: Tensor, rare: Tensor, draws: Tensor) -> Tensor:
