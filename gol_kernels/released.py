@@ -9,6 +9,7 @@ the closed forms, each a property of the released code:
 - GumbelCE's reduced loss is clamped to [0, 20]; above 20 the whole batch has no gradient.
 - EQL, DropLoss, EQLv2, the federated loss and ACSL ignore row weights and divide by N.
 - Seesaw forms C x C ratios, and counts on the local rank alone.
+- Balanced softmax takes the logarithm of the counts once for each row.
 - The equilibrium loss takes the logarithm of a quotient of exponentials: a logit 104 below the row's highest
   underflows in float32, and as the label's gives an infinite loss and no gradient that is a number.
 
@@ -158,11 +159,12 @@ def acsl(
 
 def balanced_softmax(z: Tensor, labels: Tensor, class_counts: Tensor) -> Tensor:
     """Balanced softmax (NeurIPS 2020) over z [N, K]; class_counts [K] float, at least 1; mean over rows."""
-    return F.cross_entropy(z + class_counts.log()[None, :].expand_as(z), labels)
+    return F.cross_entropy(z + class_counts[None, :].expand_as(z).log(), labels)
 
 
 def equilibrium(z: Tensor, labels: Tensor, mean_scores: Tensor) -> Tensor:
     """Equilibrium loss of LOCE (ICCV 2021) over z [N, K]; mean_scores [K]; mean over rows."""
-    highest = z.max(dim=1, keepdim=True).values.detach()
-    e = mean_scores[None, :] * torch.exp(z - highest)
-    return -torch.log(e.gather(1, labels[:, None])[:, 0] / e.sum(1)).mean()
+    target = torch.zeros_like(z).scatter_(1, labels[:, None], 1).detach()
+    e = mean_scores[None, :] * torch.exp(z - z.max(dim=1, keepdim=True).values)
+    p = e / e.sum(1, keepdim=True)
+    return -(p * target).sum(1).log().mean()
