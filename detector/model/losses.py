@@ -17,7 +17,7 @@ _GUMBEL_LOSSES: dict[str, Callable[..., LongTailLoss]] = {
     "gumbel": lambda config, stats, **link: gk.GumbelLoss(stats.num_classes, **link),
     "gol": lambda config, stats, **link: gk.DropLoss(stats, config.threshold, link="gumbel", **link),
     "gol_star": lambda config, stats, **link: gk.EQLLoss(stats, config.threshold, link="gumbel", **link),
-    "gumbel_seesaw": lambda config, stats, **link: gk.GumbelSeesawLoss(stats.num_classes, **link),
+    "gumbel_seesaw": lambda config, stats, **options: gk.GumbelSeesawLoss(stats.num_classes, **options),
     "gumbel_federated": lambda config, stats, **link: gk.FederatedLoss(stats, link="gumbel", **link),
     "gumbel_acsl": lambda config, stats, **link: gk.ACSLLoss(stats, link="gumbel", **link),
 }
@@ -27,7 +27,7 @@ _LOSSES: dict[str, Callable[..., LongTailLoss]] = {
     "sigmoid": lambda config, stats: gk.SigmoidLoss(stats.num_classes),
     "eql": lambda config, stats: gk.EQLLoss(stats, config.threshold, link="sigmoid"),
     "droploss": lambda config, stats: gk.DropLoss(stats, config.threshold, link="sigmoid"),
-    "seesaw": lambda config, stats: gk.SeesawLoss(stats.num_classes),
+    "seesaw": lambda config, stats, **options: gk.SeesawLoss(stats.num_classes, **options),
     "eqlv2": lambda config, stats: gk.EQLv2Loss(stats.num_classes),
     "federated": lambda config, stats: gk.FederatedLoss(stats, link="sigmoid"),
     "acsl": lambda config, stats: gk.ACSLLoss(stats, link="sigmoid"),
@@ -36,19 +36,26 @@ _LOSSES: dict[str, Callable[..., LongTailLoss]] = {
 }
 
 
-def _link_options(config: LossConfig) -> dict[str, Any]:
-    """Of the Gumbel link, as far as they are not the defaults. Raises ConfigError where the loss has none."""
-    default = LossConfig()
-    options = {
-        name: getattr(config, name)
-        for name in ("temperature", "outside", "compat")
-        if getattr(config, name) != getattr(default, name)
-    }
-    if options and config.name not in _GUMBEL_LOSSES:
-        raise ConfigError(
-            f"loss.{next(iter(options))} is an option of the Gumbel link, loss.name={config.name} has none; "
-            f"it goes with {', '.join(_GUMBEL_LOSSES)}"
-        )
+_OPTIONS = {
+    "temperature": tuple(_GUMBEL_LOSSES),
+    "outside": tuple(_GUMBEL_LOSSES),
+    "compat": tuple(_GUMBEL_LOSSES),
+    "q": ("seesaw", "gumbel_seesaw"),
+}
+"""Of some losses alone, with their names."""
+
+
+def _options(config: LossConfig) -> dict[str, Any]:
+    """As far as they are not the defaults. Raises ConfigError where the loss does not have one."""
+    default, options = LossConfig(), {}
+    for name, losses in _OPTIONS.items():
+        if getattr(config, name) == getattr(default, name):
+            continue
+        if config.name not in losses:
+            raise ConfigError(
+                f"loss.{name} goes with {', '.join(losses)}, loss.name={config.name} has no such option"
+            )
+        options[name] = getattr(config, name)
     return options
 
 
@@ -58,7 +65,7 @@ def build_loss(config: LossConfig, stats: gk.ClassStats, *, gather_gradients: bo
     gather_gradients: it adds up each class's gradients in its `gradient_stats`. Raises ConfigError where it
     has none, and for options that do not go with the loss.
     """
-    options = _link_options(config)
+    options = _options(config)
     try:
         loss = _LOSSES[config.name](config, stats, **options)
     except ValueError as error:

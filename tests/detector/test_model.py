@@ -137,7 +137,8 @@ def test_options_of_the_gumbel_link_reach_the_loss():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("loss.name=softmax", "loss.outside=straight_through"), "outside is an option of the Gumbel link"),
+        (("loss.name=softmax", "loss.outside=straight_through"), "loss.outside goes with gumbel, gol"),
+        (("loss.name=gumbel", "loss.q=1"), "loss.q goes with seesaw, gumbel_seesaw, loss.name=gumbel has"),
         (("loss.name=gumbel_seesaw", "loss.compat=gol"), "no released Gumbel form"),
         (("loss.name=gumbel", "loss.temperature=0"), "temperature must be positive"),
     ],
