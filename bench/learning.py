@@ -174,15 +174,15 @@ def table(rows: Sequence[Row]) -> str:
             lines.append([loss.title, *cells, loss.paper])
     last = rows[-1]
     seeds = sorted({row["seed"] for row in rows})
-    minutes = statistics.median(row["train_minutes"] for row in rows)
+    commits = ", ".join(dict.fromkeys(row["commit"] + " with changes" * row["dirty"] for row in rows))
     gpus = ", ".join(last["machine"]["gpus"])
     return (
         "\n".join("| " + " | ".join(line) + " |" for line in lines)
         + f"\n\n{last['classes']} classes, {last['train_images']} training and {last['val_images']} "
-        f"validation images, preset {' '.join([last['config'], *last['options']])}; {last['steps']} steps "
-        f"({minutes:.1f} minutes), random sampling, seeds {', '.join(map(str, seeds))}: mean ± half of the "
-        f"range. {last['protocol'].split(';')[0]}. {gpus or last['machine']['cpu']}; torch "
-        f"{last['versions']['torch']}; commit {last['commit']}{' with changes' if last['dirty'] else ''}. "
+        f"validation images, preset {' '.join([last['config'], *last['options']])}; {last['steps']} steps, "
+        f"random sampling, seeds {', '.join(map(str, seeds))}: mean ± half of the range. "
+        f"{last['protocol'].split(';')[0]}. {gpus or last['machine']['cpu']}; torch "
+        f"{last['versions']['torch']}; commit {commits}. "
         "Made by `python -m bench readme` from [bench/records/learning.jsonl](bench/records/learning.jsonl)."
     )
 

@@ -186,7 +186,9 @@ class GumbelSeesawLoss(BernoulliLoss):
     In training mode a call first counts its labels into ``class_stats``, as ``SeesawLoss`` does.
 
     Args:
-        p, q, eps, class_stats: as ``SeesawLoss``. link and the other options: as ``BernoulliLoss``.
+        p, q, eps, class_stats: as ``SeesawLoss``. link and the other options: as ``BernoulliLoss``. Of binary
+            terms the compensation is a factor of up to (1/eps)^q, 10^4 as it stands, where a softmax's
+            gradient stays below 1: training can stall, and q = 0 leaves the mitigation alone.
     """
 
     extra_logits = 0
