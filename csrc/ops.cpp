@@ -83,4 +83,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "The instruction set of the CPU kernels in use: generic, avx2 or avx512.");
   m.def("set_cpu_capability", &gol::cpu::set_capability,
         "Chooses the CPU kernels; ValueError for a set that this machine cannot run.");
+  m.def("set_last_cache", &gol::cpu::set_last_cache,
+        "Sets what is taken for the last cache's size in bytes, returns what it was: gradients beyond it are "
+        "written past it.");
 }

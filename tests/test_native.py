@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -181,3 +182,70 @@ def test_scale_grad_by_1_writes_nothing() -> None:
 
 if native.unavailable() is not None:
     pytestmark = pytest.mark.skip(reason="the native backend is not available")
+
+
+# --- softmax rows -------------------------------------------------------------------------------
+def _softmax(logits: Tensor, labels: Tensor, reweight: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The op itself: losses and gradient, of "seesaw" with its objectness where K is above 2."""
+    k = logits.shape[1]
+    objectness = reweight == "seesaw" and k > 2
+    table = {"none": None, "prior": torch.linspace(-4, 2, k), "seesaw": torch.arange(k) ** 2}[reweight]
+    num_classes = k - 2 if objectness else k - 1
+    op = overload("softmax_loss", "native")
+    factors, rows = (0.8, 2.0, 0.01, objectness), (num_classes, -100, "mean", 1.0, True)
+    return op(logits, labels.clamp(max=num_classes), None, None, table, reweight, *factors, *rows, True)
+
+
+@pytest.fixture
+def last_cache() -> Iterator[Callable[[int], int]]:
+    """Sets what the kernels take for the last cache's size."""
+    set_last_cache = native.extension().set_last_cache
+    before = set_last_cache(0)
+    yield set_last_cache
+    set_last_cache(before)
+
+
+@pytest.mark.parametrize("reweight", ["none", "prior", "seesaw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, F64])
+def test_gradients_written_past_the_caches(
+    native_backend: str, last_cache: Callable[[int], int], dtype: torch.dtype, reweight: str
+) -> None:
+    """Bit for bit as those that go through them, wherever in a vector a row begins, with and without rows
+    between that have no gradient."""
+    for k in (*range(1, 36), 60, 100, 1203, 1204, 1205):
+        logits, labels = (2 * torch.randn(19, k)).to(dtype), torch.randint(0, k, (19,))
+        labels[[4, 5, 11]] = -100
+        labels[[7, 15]] = k - 1
+        last_cache(0)
+        past = _softmax(logits, labels, reweight)
+        last_cache(2**40)
+        through = _softmax(logits, labels, reweight)
+        assert all(map(torch.equal, past, through)), k
+
+
+@pytest.mark.parametrize("above", [5.0, 12.0, 40.0, 90.0, 1e4, 1e30])
+@pytest.mark.parametrize("reweight", ["none", "prior", "seesaw"])
+def test_softmax_whose_maximum_comes_late(native_backend: str, reweight: str, above: float) -> None:
+    """The exponents' reference is a guess from the first columns and the label's; beside logits of any size
+    and masked ones."""
+    logits, labels = torch.randn(6, 203), torch.tensor([0, 100, 150, 150, 200, 7])
+    logits[:, 150] += above
+    logits[2:, 120] = -math.inf
+    logits[3:, 30] = torch.finfo(torch.float32).min
+    expected = [x.double() for x in _softmax(logits.double(), labels, reweight)]
+    loss, objectness, grad = _softmax(logits, labels, reweight)
+    torch.testing.assert_close(loss.double(), expected[0], rtol=2e-7, atol=0)
+    torch.testing.assert_close(objectness.double(), expected[1], rtol=2e-7, atol=0)
+    assert (grad.double() - expected[2]).norm() <= 2e-7 * expected[2].norm()
+    assert not grad[2:, 120].any()
+    assert not grad[3:, 30].any()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_softmax_of_what_is_no_number(native_backend: str, value: float) -> None:
+    """Late in the row, where the first columns do not show it."""
+    logits = torch.randn(2, 203)
+    logits[0, 170] = value
+    _, _, grad = _softmax(logits, torch.tensor([3, 3]), "none")
+    assert grad[0].isnan().all()
+    assert not grad[1].isnan().any()

@@ -65,6 +65,7 @@ struct SoftmaxArgs {
   const void* logits;  // [N, K]: num_classes softmax columns, then (object, background) if objectness
   int64_t row_stride;
   void* grad;                      // [N, K] contiguous, or null
+  bool stream;                     // grad is to be written past the caches
   int64_t num_columns;             // K
   int64_t num_softmax;             // columns of the softmax: K, or K - 2 with objectness
   const int64_t* labels;           // [N]; a label >= num_softmax has no class term
@@ -83,7 +84,7 @@ struct SoftmaxArgs {
 struct KernelTable {
   const char* name;
   void (*bernoulli)(const BernoulliArgs&, int64_t begin, int64_t end, uint64_t* scratch);
-  void (*softmax)(const SoftmaxArgs&, int64_t begin, int64_t end, double* scratch);  // 2 K + 32 doubles
+  void (*softmax)(const SoftmaxArgs&, int64_t begin, int64_t end, double* scratch);  // K + 32 doubles
   void (*gumbel_activation)(const GumbelActivationArgs&, int64_t begin, int64_t end);
 };
 
@@ -100,6 +101,8 @@ const KernelTable& kernels();
 const KernelTable& kernels_for(DType dtype);
 // "generic", "avx2" or "avx512"; throws std::invalid_argument for what this machine cannot run.
 void set_capability(const char* name);
+// What is taken for the size of the last cache, at first this machine's; returns what it was.
+int64_t set_last_cache(int64_t bytes);
 
 }  // namespace cpu
 }  // namespace gol

@@ -133,6 +133,11 @@ template <> struct Lanes<Vec> {
   static GOL_FN void store(float* p, Vec v) { _mm256_storeu_ps(p, v.v); }
   static GOL_FN void store(float* p, int n, Vec v) { _mm256_maskstore_ps(p, lanes_below(n), v.v); }
 
+  static GOL_FN void stream(float* p, Vec v) { _mm256_stream_ps(p, v.v); }
+  static GOL_FN void stream(Float16* p, Vec v) { _mm_stream_si128((__m128i*)p, half(v)); }
+  static GOL_FN void stream(BFloat16* p, Vec v) { _mm_stream_si128((__m128i*)p, narrow(v)); }
+  static GOL_FN void end_streams() { _mm_sfence(); }
+
   static GOL_FN Vec load(const Float16* p) { return _mm256_cvtph_ps(load16(p)); }
   static GOL_FN Vec load(const Float16* p, int n) { return _mm256_cvtph_ps(load16(p, n)); }
   static GOL_FN void store(Float16* p, Vec v) { _mm_storeu_si128((__m128i*)p, half(v)); }

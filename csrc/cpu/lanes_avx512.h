@@ -139,6 +139,11 @@ template <> struct Lanes<Vec> {
   static GOL_FN void store(float* p, Vec v) { _mm512_storeu_ps(p, v.v); }
   static GOL_FN void store(float* p, int n, Vec v) { _mm512_mask_storeu_ps(p, first(n), v.v); }
 
+  static GOL_FN void stream(float* p, Vec v) { _mm512_stream_ps(p, v.v); }
+  static GOL_FN void stream(Float16* p, Vec v) { _mm256_stream_si256((__m256i*)p, half(v)); }
+  static GOL_FN void stream(BFloat16* p, Vec v) { _mm256_stream_si256((__m256i*)p, narrow(v)); }
+  static GOL_FN void end_streams() { _mm_sfence(); }
+
   static GOL_FN Vec load(const Float16* p) { return _mm512_cvtph_ps(load16(p)); }
   static GOL_FN Vec load(const Float16* p, int n) { return _mm512_cvtph_ps(load16(p, n)); }
   static GOL_FN void store(Float16* p, Vec v) { _mm256_storeu_si256((__m256i*)p, half(v)); }

@@ -89,6 +89,8 @@ template <class V> struct Lanes {
   template <class T> static V load(const T* p, int) { return static_cast<V>(*p); }
   template <class T> static void store(T* p, V v) { *p = static_cast<T>(v); }
   template <class T> static void store(T* p, int, V v) { *p = static_cast<T>(v); }
+  template <class T> static void stream(T* p, V v) { store(p, v); }
+  static void end_streams() {}
   static Mask first(int n) { return n > 0; }
   static Mask clear_bits(uint64_t bits) { return (bits & 1) == 0; }
   static Mask both(Mask a, Mask b) { return a && b; }
@@ -116,6 +118,8 @@ template <> struct Lanes<Vec> {
     for (int i = 0; i < n; ++i) p[i] = static_cast<T>(x.v[i]);
   }
   static GOL_FN void store(float* p, Vec x) { std::memcpy(p, &x.v, sizeof(x.v)); }
+  template <class T> static GOL_FN void stream(T* p, Vec x) { store(p, x); }
+  static GOL_FN void end_streams() {}
   static GOL_FN Mask first(int n) { return {Ints{0, 1, 2, 3} < n}; }
   static GOL_FN Mask clear_bits(uint64_t bits) {
     return {(Ints{1, 2, 4, 8} & static_cast<int32_t>(bits)) == 0};

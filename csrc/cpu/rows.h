@@ -30,6 +30,9 @@ template <class Args> void set_rows(const Rows& rows, at::Tensor* grad, Args* ar
   args->num_columns = rows.logits.size(1);
   args->labels = rows.labels.const_data_ptr<int64_t>();
 }
+// Whether the logits and their gradient are so large that what is read first is gone from the last cache when
+// all is done: writing past the caches is faster then.
+bool exceeds_caches(const at::Tensor& logits);
 // scale[i] *= grad_loss, a 0-d tensor or one number for each row.
 std::vector<double> scaled_by(const std::vector<double>& scale, const at::Tensor& grad_loss);
 // sum_i scale_i * row_loss_i in row order (whatever the number of threads), or each of them.

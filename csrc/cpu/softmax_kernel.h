@@ -35,9 +35,44 @@ template <class V> class LongSum {
   unsigned count_;
 };
 
-template <bool kGrad, class T> struct SoftmaxRow {
+// The gradient of a row, exponentials times a factor, that is still to be written: vector by vector, each
+// when that of the next row takes its place. Arithmetic bounds that pass and memory this one; one after the
+// other they took a quarter longer.
+template <class T> struct PendingRow {
   using V = RowNumber<T>;
   using Number = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  static constexpr int W = Lanes<V>::width;
+  const Number* exps = nullptr;  // [count], from an aligned vector on
+  T* grad = nullptr;
+  int64_t count = 0;
+  V factor = V(0.0);
+  bool stream;
+  Number* edge = nullptr;  // where the vector goes, if any, that the row after this one completes
+
+  GOL_FN explicit PendingRow(bool past_caches) : stream(past_caches) {}
+  // Vector i / W, or what there is of it.
+  GOL_FN void write(int64_t i) const {
+    if (i + W <= count) {
+      const V v = Lanes<V>::load(exps + i) * factor;
+      if (stream) Lanes<V>::stream(grad + i, v);
+      else Lanes<V>::store(grad + i, v);
+    } else if (i < count) {
+      const int n = static_cast<int>(count - i);
+      const V v = Lanes<V>::load(exps + i, n) * factor;
+      if (edge != nullptr) Lanes<V>::store(edge, v);
+      else Lanes<V>::store(grad + i, n, v);
+    }
+  }
+  // Everything from vector i / W on.
+  GOL_FN void finish(int64_t i) {
+    for (; i < count; i += W) write(i);
+    count = 0;
+  }
+};
+
+template <bool kGrad, class T> struct SoftmaxRow {
+  using V = RowNumber<T>;
+  using Number = typename PendingRow<T>::Number;
   static constexpr int W = Lanes<V>::width;
   const cpu::SoftmaxArgs& args;
   const T* z;
@@ -45,21 +80,22 @@ template <bool kGrad, class T> struct SoftmaxRow {
   T* grad;          // null without kGrad
   int64_t label;
   int64_t head;  // columns before the aligned vectors of exps
+  // The end of the row before, where it is of the head's vector: with streaming, a vector that is stored in
+  // two parts makes everything after it wait for memory (a fifth of the time at 1204 columns). Else null.
+  Number* edge;
   Number* exps;  // [num_softmax]: the weighted exponential of each column, 0 for the label
-  double row_max, distance_label, exp_label;
+  PendingRow<T>* pending;
+  // The exponents are relative to `reference`, the row's maximum or not far below it.
+  double reference, distance_label, exp_label;
 
-  GOL_FN SoftmaxRow(const cpu::SoftmaxArgs& a, int64_t row, const T* next, T* row_grad, double* scratch)
+  GOL_FN SoftmaxRow(const cpu::SoftmaxArgs& a, int64_t row, const T* next, T* row_grad, double* scratch,
+                    PendingRow<T>* row_before)
       : args(a), z(static_cast<const T*>(a.logits) + row * a.row_stride), next_z(next), grad(row_grad),
         label(a.labels[row]), head(kGrad ? to_alignment<V>(grad) : to_alignment<V>(z)),
-        exps(place(row_grad, reinterpret_cast<Number*>(scratch) + (W - head) % W)),
-        row_max(maximum(z, a.num_softmax)), distance_label(first_element<V>(z + label) - row_max),
-        exp_label(std::exp(distance_label)) {}
-
-  // The gradient itself where it is stored as the numbers are worked on: the first-level cache has to hold
-  // one row less.
-  static GOL_FN Number* place(T* row_grad, Number* scratch) {
-    if constexpr (kGrad && std::is_same_v<T, Number>) return row_grad;
-    else return scratch;
+        edge(reinterpret_cast<Number*>(scratch)), exps(edge + 2 * W - head), pending(row_before) {
+    const bool follows = pending->count > 0 && pending->grad + pending->count == grad;
+    if (!kGrad || !a.stream || !follows || head == 0 || head > a.num_softmax) edge = nullptr;
+    pending->edge = edge;
   }
 
   // Four side by side: a maximum waits for the one before it.
@@ -94,16 +130,36 @@ template <bool kGrad, class T> struct SoftmaxRow {
   }
 
   // The sum over all columns but the label's of weight(j, n, exponential). Arithmetic bounds this pass:
-  // meanwhile the next row is fetched, for which its first pass would wait.
-  template <class Weight> GOL_FN double exponentials(const Weight& weight) {
-    const V highest(row_max);
-    return sum_of([=](int64_t j, auto n) {
-      __builtin_prefetch(next_z + j);
-      V e = weight(j, n, exp(load_lanes<V>(z + j, n) - highest));
+  // meanwhile the gradient of the row before is written, and the next row fetched.
+  template <class Weight> GOL_FN double referred(const Weight& weight) {
+    const V reference_lanes(reference), highest(kHighestExponent);
+    const PendingRow<T> before = *pending;
+    const int64_t first = head;
+    const double sum = sum_of([=](int64_t j, auto n) {
+      __builtin_prefetch(next_z + j, 0, 0);
+      if (kGrad && j >= first) before.write(j - first);
+      V e = weight(j, n, exp(vmin(load_lanes<V>(z + j, n) - reference_lanes, highest)));
       if (label >= j && label < j + n)
         e = select(Lanes<V>::clear_bits(uint64_t{1} << (label - j)), e, V(0.0));
       return e;
     });
+    if (kGrad) pending->finish((args.num_softmax - head + W - 1) / W * W);
+    return sum;
+  }
+
+  // Of the maximum what is at hand will do, the label's logit and some others, unless the sum shows that the
+  // row's is far above it.
+  template <class Weight> GOL_FN double exponentials(const Weight& weight) {
+    constexpr int64_t kSome = 4 * W;
+    const double z_label = first_element<V>(z + label);
+    reference = std::fmax(maximum(z, args.num_softmax < kSome ? args.num_softmax : kSome), z_label);
+    for (bool is_maximum = false;; is_maximum = true) {
+      distance_label = z_label - reference;
+      exp_label = std::exp(distance_label);
+      const double sum = referred(weight);
+      if (sum <= kHighestSum || is_maximum) return sum;
+      reference = maximum(z, args.num_softmax);
+    }
   }
 
   GOL_FN double plain() {
@@ -113,10 +169,11 @@ template <bool kGrad, class T> struct SoftmaxRow {
   // Of softmax(z + log prior): the label's exponential is multiplied as well.
   GOL_FN double with_prior() {
     const auto* prior = static_cast<const Number*>(args.prior);
+    const double rest = exponentials([=](int64_t j, auto n, V e) { return e * load_lanes<V>(prior + j, n); });
     const double prior_label = static_cast<double>(prior[label]);
     exp_label *= prior_label;
     distance_label += std::log(prior_label);
-    return exponentials([=](int64_t j, auto n, V e) { return e * load_lanes<V>(prior + j, n); });
+    return rest;
   }
 
   // plain() with every exponential multiplied by compensation(j, n, exponential) and the mitigation factor.
@@ -131,7 +188,7 @@ template <bool kGrad, class T> struct SoftmaxRow {
 
   GOL_FN double seesaw() {
     // max(s_y, eps), as the scores stand in exps: not yet divided by their sum
-    const double limit = std::fmax(exp_label, (plain() + exp_label) * args.eps);
+    const double rest = plain(), limit = std::fmax(exp_label, (rest + exp_label) * args.eps);
     const double power_label = static_cast<double>(static_cast<const Number*>(args.power)[label]);
     if (args.q == 2) {  // the paper's: a square needs no second exponential
       const V inverse_limit(1.0 / limit);
@@ -141,25 +198,42 @@ template <bool kGrad, class T> struct SoftmaxRow {
       });
     }
     const SeesawRow<V> factors(power_label, args.q, std::log2(limit));
-    const V highest(row_max);
+    const V reference_lanes(reference);
     return reweighted(factors, [=](int64_t j, auto n, V) {
-      return factors.compensation((load_lanes<V>(z + j, n) - highest) * V(kLog2E));
+      return factors.compensation((load_lanes<V>(z + j, n) - reference_lanes) * V(kLog2E));
     });
   }
 
-  // loss = log(1 + rest / e_y), and for the label the gradient -rest / (rest + e_y): neither
-  // cancels when the label's probability is close to 1.
-  GOL_FN double finish(double rest, double scale) const {
-    const double ratio = scale / (rest + exp_label);
-    if (kGrad) {
-      const V factor(ratio);
-      for_vectors<V>(head, args.num_softmax, [=](int64_t j, auto n) {
-        store_lanes(grad + j, n, load_lanes<V>(exps + j, n) * factor);
-      });
-      Lanes<V>::store(grad + label, 1, V(-rest * ratio));
-    }
+  // log(1 + rest / e_y)
+  GOL_FN double loss(double rest) const {
     return exp_label > 0 ? std::log1p(rest / exp_label) : std::log(rest) - distance_label;
   }
+
+  // Leaves the row's gradient, scale times softmax, to be written. The label's is -rest / (rest + e_y): that
+  // does not cancel when the label's probability is close to 1.
+  GOL_FN void leave_gradient(double rest, double scale) const {
+    const double ratio = scale / (rest + exp_label);
+    const Number factor = static_cast<Number>(ratio);
+    exps[label] = factor != 0 ? static_cast<Number>(-rest * ratio / factor) : Number{0};
+    pending->exps = exps + head;
+    pending->grad = grad + head;
+    pending->count = args.num_softmax - head;
+    pending->factor = V(static_cast<double>(factor));
+    pending->edge = nullptr;
+    const int n = static_cast<int>(head < args.num_softmax ? head : args.num_softmax);
+    if (edge != nullptr) {
+      const V first = Lanes<V>::load(exps + head - W) * pending->factor;
+      Lanes<V>::stream(grad + head - W, select(Lanes<V>::first(W - n), Lanes<V>::load(edge), first));
+    } else if (n > 0) {
+      Lanes<V>::store(grad, n, Lanes<V>::load(exps, n) * pending->factor);
+    }
+  }
+
+ private:
+  // No column's exponential is above this one, which is a float, and so are as many as there may be.
+  static constexpr double kHighestExponent = 44;
+  // A million columns may be as high as the reference; and float has room for the weights.
+  static constexpr double kHighestSum = 1 << 20;
 };
 
 // Two-way cross-entropy of (object, background) at z, with d = z[0] - z[1].
@@ -185,6 +259,7 @@ template <bool kGrad, class T> GOL_FN double objectness(const T* z, bool foregro
 template <bool kGrad, class T>
 void softmax_rows(const cpu::SoftmaxArgs& a, int64_t begin, int64_t end, double* scratch) {
   const bool has_objectness = a.row_objectness != nullptr;
+  PendingRow<T> pending(a.stream);
   for (int64_t row = begin; row < end; ++row) {
     T* grad = kGrad ? static_cast<T*>(a.grad) + row * a.num_columns : nullptr;
     const T* z = static_cast<const T*>(a.logits) + row * a.row_stride;
@@ -195,12 +270,15 @@ void softmax_rows(const cpu::SoftmaxArgs& a, int64_t begin, int64_t end, double*
       a.row_loss[row] = value;
       fill<kGrad>(grad, a.num_softmax, value);
     } else {
+      // Of these lines a part is stored.
+      if (kGrad && has_objectness) __builtin_prefetch(grad + a.num_softmax, 1);
       const T* next_z = row + 1 < end ? z + a.row_stride : z;
-      SoftmaxRow<kGrad, T> softmax(a, row, next_z, grad, scratch);
+      SoftmaxRow<kGrad, T> softmax(a, row, next_z, grad, scratch, &pending);
       const double rest = a.power != nullptr   ? softmax.seesaw()
                           : a.prior != nullptr ? softmax.with_prior()
                                                : softmax.plain();
-      a.row_loss[row] = softmax.finish(rest, scale);
+      a.row_loss[row] = softmax.loss(rest);
+      if (kGrad) softmax.leave_gradient(rest, scale);
     }
     if (!has_objectness) continue;
     const double objectness_scale = a.objectness_scale[row];
@@ -211,6 +289,10 @@ void softmax_rows(const cpu::SoftmaxArgs& a, int64_t begin, int64_t end, double*
       a.row_objectness[row] = objectness<kGrad>(z + a.num_softmax, foreground, objectness_scale,
                                                 kGrad ? grad + a.num_softmax : nullptr);
     }
+  }
+  if (kGrad) {
+    pending.finish(0);
+    Lanes<RowNumber<T>>::end_streams();
   }
 }
 

@@ -19,6 +19,7 @@ RowLosses run(const Rows& rows, const std::vector<double>& class_scale,
   RowLosses losses{std::vector<double>(n), std::vector<double>(o.objectness ? n : 0)};
   SoftmaxArgs args{};
   set_rows(rows, grad, &args);
+  args.stream = exceeds_caches(rows.logits);
   args.num_softmax = o.objectness ? k - 2 : k;
   args.row_scale = class_scale.data();
   args.objectness_scale = objectness_scale.data();
@@ -42,7 +43,7 @@ RowLosses run(const Rows& rows, const std::vector<double>& class_scale,
     });
   }
   const KernelTable& table = kernels_for(rows.dtype);
-  parallel_ranges<double>(n, kRowGrain, 2 * k + 32, [&](int64_t begin, int64_t end, double* scratch) {
+  parallel_ranges<double>(n, kRowGrain, k + 32, [&](int64_t begin, int64_t end, double* scratch) {
     table.softmax(args, begin, end, scratch);
   });
   return losses;
