@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ RARE_SHARE = 815 / 1203
 class Batch:
     """logits [N, K]; labels [N] int64 in 0..C; rare bool [C]; counts int64 [C].
 
+    What else the losses are given is made once and is no part of a step.
+
     draw_seed: fixes DropLoss's draws, the same for every provider; None: each draws its own, as in training.
     upstream: the loss is multiplied by it before its gradient is taken, as GradScaler does.
     """
@@ -43,16 +46,19 @@ class Batch:
     draw_seed: int | None = None
     upstream: float = 1.0
 
+    @cached_property
     def ratio(self) -> Tensor:
         """[C] of EQLv2's positive and negative gradients: from 2, of the most frequent class, to 0.02."""
         return 2 * (self.counts / 1e5).sqrt()
 
+    @cached_property
     def sampled(self) -> Tensor:
         """bool [C+1]: fifty classes, as the federated loss keeps, and not the background."""
         generator = torch.Generator(self.counts.device).manual_seed(1)
         drawn = torch.randperm(len(self.counts), generator=generator, device=self.counts.device)[:50]
         return self.counts.new_zeros(len(self.counts) + 1, dtype=torch.bool).index_fill_(0, drawn, True)
 
+    @cached_property
     def groups(self) -> tuple[Tensor, Tensor]:
         """uint8 [C+1] and [N], ACSL's: frequent (4), common (2), rare (1) classes as in LVIS v1, background
         (8); of the background rows a tenth has the common, a hundredth the rare classes."""
@@ -63,9 +69,15 @@ class Batch:
         background = self.labels == len(self.counts)
         return F.pad(classes, (0, 1), value=8).to(torch.uint8), (rows * background).to(torch.uint8)
 
+    @cached_property
     def prior(self) -> Tensor:
         """float32 [C+1]: the counts, at least 1; of background as many as of all classes."""
         return torch.cat([self.counts.clamp(min=1), self.counts.sum()[None]]).float()
+
+    @cached_property
+    def log_prior(self) -> Tensor:
+        """float64 [C+1]."""
+        return self.prior.double().log()
 
     def generator(self) -> torch.Generator | None:
         """Of our kernels' draws."""
@@ -241,7 +253,7 @@ def _eqlv2_module(batch: Batch) -> nn.Module:
     module = gk.EQLv2Loss(len(batch.counts)).to(batch.logits.device)
     assert module.gradient_stats is not None
     module.gradient_stats.negative_gradient.fill_(1e6)
-    module.gradient_stats.positive_gradient.copy_(1e6 * batch.ratio())
+    module.gradient_stats.positive_gradient.copy_(1e6 * batch.ratio)
     return module
 
 
@@ -263,14 +275,14 @@ def _released_eqlv2(z: Tensor, labels: Tensor, ratio: Tensor) -> Tensor:
 
 
 def _ours_eqlv2(z: Tensor, batch: Batch, backend: str | None) -> Tensor:
-    negative = F.pad(torch.sigmoid(12 * (batch.ratio() - 0.8)), (0, 1), value=1.0)
+    negative = F.pad(torch.sigmoid(12 * (batch.ratio - 0.8)), (0, 1), value=1.0)
     reweight = gk.ClassWeights(torch.stack([5 - 4 * negative, negative]))
     sums = z.new_zeros((2, z.shape[1]), dtype=torch.float64)
     return gk.sigmoid_loss(z, batch.labels, reweight=reweight, class_gradients=sums, backend=backend)
 
 
 def _labels_ratio(batch: Batch) -> tuple[Tensor | None, ...]:
-    return batch.labels, batch.ratio()
+    return batch.labels, batch.ratio
 
 
 def _released_federated(z: Tensor, labels: Tensor, sampled: Tensor) -> Tensor:
@@ -278,27 +290,32 @@ def _released_federated(z: Tensor, labels: Tensor, sampled: Tensor) -> Tensor:
 
 
 def _ours_federated(z: Tensor, batch: Batch, backend: str | None) -> Tensor:
-    return gk.sigmoid_loss(z, batch.labels, reweight=gk.Federated(batch.sampled()), backend=backend)
+    return gk.sigmoid_loss(z, batch.labels, reweight=gk.Federated(batch.sampled), backend=backend)
 
 
 def _labels_sampled(batch: Batch) -> tuple[Tensor | None, ...]:
-    return batch.labels, batch.sampled()
+    return batch.labels, batch.sampled
 
 
 def _ours_acsl(z: Tensor, batch: Batch, backend: str | None) -> Tensor:
-    return gk.sigmoid_loss(z, batch.labels, reweight=gk.ACSL(*batch.groups()), backend=backend)
+    return gk.sigmoid_loss(z, batch.labels, reweight=gk.ACSL(*batch.groups), backend=backend)
 
 
 def _labels_groups(batch: Batch) -> tuple[Tensor | None, ...]:
-    return batch.labels, *batch.groups()
+    return batch.labels, *batch.groups
 
 
-def _ours_prior(z: Tensor, batch: Batch, backend: str | None) -> Tensor:
-    return gk.softmax_loss(z, batch.labels, log_prior=batch.prior().double().log(), backend=backend)
+def _ours_balanced(z: Tensor, batch: Batch, backend: str | None) -> Tensor:
+    return gk.softmax_loss(z, batch.labels, log_prior=batch.log_prior, backend=backend)
+
+
+def _ours_equilibrium(z: Tensor, batch: Batch, backend: str | None) -> Tensor:
+    """Its prior, the classes' mean scores, is another one at every step."""
+    return gk.softmax_loss(z, batch.labels, log_prior=batch.prior.double().log(), backend=backend)
 
 
 def _labels_prior(batch: Batch) -> tuple[Tensor | None, ...]:
-    return batch.labels, batch.prior()
+    return batch.labels, batch.prior
 
 
 CASES = {
@@ -410,7 +427,7 @@ CASES = {
             "balanced",
             "Balanced softmax",
             1,
-            _ours_prior,
+            _ours_balanced,
             Form(released.balanced_softmax, _labels_prior),
             {"compiled": Form(closed_forms.softmax, _labels_prior)},
             _EXACT,
@@ -419,7 +436,7 @@ CASES = {
             "equilibrium",
             "Equilibrium (LOCE)",
             1,
-            _ours_prior,
+            _ours_equilibrium,
             Form(released.equilibrium, _labels_prior),
             {"compiled": Form(closed_forms.softmax, _labels_prior)},
             _EXACT,

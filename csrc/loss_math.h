@@ -17,6 +17,7 @@
 #else
 #define GOL_FN __attribute__((always_inline)) inline
 #endif
+#define GOL_INLINE __attribute__((always_inline))  // of a lambda, after its parameters
 
 // Each CPU translation unit compiles this header for another instruction set. Its own namespace
 // keeps the linker from merging inline functions across instruction sets.
