@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -267,7 +267,7 @@ def _eager_gumbel_seesaw(z: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
 
 
 def _ours_gumbel_seesaw(z: Tensor, batch: Batch, backend: str | None) -> Tensor:
-    return gk.gumbel_loss(z, batch.labels, reweight=gk.Seesaw(batch.counts), backend=backend)
+    return gk.gumbel_loss(z, batch.labels, reweight=gk.Seesaw(batch.counts, q=2.0), backend=backend)
 
 
 def _released_eqlv2(z: Tensor, labels: Tensor, ratio: Tensor) -> Tensor:
@@ -393,7 +393,7 @@ CASES = {
             {"compiled": Form(closed_forms.gumbel_seesaw, _labels_counts)},
             _GUMBEL,
             background=False,
-            module=_counting(gk.GumbelSeesawLoss),
+            module=_counting(partial(gk.GumbelSeesawLoss, q=2.0)),
         ),
         Case(
             "eqlv2",

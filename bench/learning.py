@@ -52,9 +52,9 @@ LOSSES = {
     ),
     "seesaw": Loss("Seesaw", ("loss.name=seesaw",), "25.0 (2x)"),
     "gol": Loss("GOL", ("loss.name=gol",), "22.0 / 10.0"),
-    "gumbel_seesaw": Loss("Gumbel with Seesaw's factors", ("loss.name=gumbel_seesaw",)),
-    "gumbel_mitigation": Loss(
-        "the same with q = 0, mitigation alone", ("loss.name=gumbel_seesaw", "loss.q=0")
+    "gumbel_mitigation": Loss("Gumbel with Seesaw's mitigation", ("loss.name=gumbel_seesaw",)),
+    "gumbel_seesaw": Loss(
+        "Gumbel with both of Seesaw's factors, q = 2", ("loss.name=gumbel_seesaw", "loss.q=2")
     ),
 }
 

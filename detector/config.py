@@ -127,7 +127,9 @@ class LossConfig:
     temperature: float = 1.0
     outside: Literal["zero", "straight_through"] = "zero"  # its slope beyond the clip
     compat: Literal["none", "gol"] = "none"  # gol: the gradients of the paper's released code
-    q: float = 2.0  # exponent of Seesaw's compensation factor; 0 turns it off
+    # Exponent of Seesaw's compensation factor, 0 turns it off; negative: the loss's own, 2 of seesaw, 0 of
+    # gumbel_seesaw.
+    q: float = -1.0
     weight: float = 1.0
     norcal: float = 0.0  # gamma of NorCal, which calibrates softmax scores when detecting; 0 turns it off
 

@@ -130,12 +130,14 @@ class Seesaw:
     """Seesaw Loss's factors (CVPR 2021, eq. 5-7) on binary terms, with the link's own probability as score.
 
     class_counts: [C] or [C+1] (background last, unused), cumulative counts as they are AFTER this batch was
-    counted; any real dtype. p, q, eps as in ``seesaw_loss``.
+    counted; any real dtype. p, q, eps as in ``seesaw_loss``, but q is 0, the mitigation factor alone: in a
+    softmax the compensation's gradients stay below 1, a binary term it multiplies by up to (1/eps)^q. With
+    the paper's q = 2, 10^4, a detector hardly learned.
     """
 
     class_counts: Tensor
     p: float = 0.8
-    q: float = 2.0
+    q: float = 0.0
     eps: float = 1e-2
     background_column: ClassVar[bool] = False
 

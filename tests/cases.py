@@ -103,7 +103,7 @@ REWEIGHTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "weights": lambda z, y: gk.ClassWeights(class_weights(z.shape[1], z.device)),
     "federated": lambda z, y: gk.Federated(rare_mask(z.shape[1], z.device)),
     "acsl": lambda z, y: gk.ACSL(class_groups(z.shape[1], z.device), row_groups(y, z.shape[1] - 1), 0.6),
-    "seesaw": lambda z, y: gk.Seesaw(counts(z.shape[1], z.device)),
+    "seesaw": lambda z, y: gk.Seesaw(counts(z.shape[1], z.device), q=2.0),
 }
 """Every reweighting of the Bernoulli family, of logits and labels."""
 

@@ -122,7 +122,7 @@ def _modules() -> list[gk.losses.LongTailLoss]:
         gk.DropLoss(stats, **options),
         gk.DropLoss(stats, link="sigmoid", **options),
         gk.SeesawLoss(40),
-        gk.GumbelSeesawLoss(40),
+        gk.GumbelSeesawLoss(40, q=2.0),
         gk.EQLv2Loss(40, link="probit"),
         gk.FederatedLoss(stats, num_sampled=41),  # all: Inductor draws other numbers than eager
         gk.ACSLLoss(stats, rare_share=1.0, common_share=0.0),

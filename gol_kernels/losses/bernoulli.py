@@ -186,9 +186,8 @@ class GumbelSeesawLoss(BernoulliLoss):
     In training mode a call first counts its labels into ``class_stats``, as ``SeesawLoss`` does.
 
     Args:
-        p, q, eps, class_stats: as ``SeesawLoss``. link and the other options: as ``BernoulliLoss``. Of binary
-            terms the compensation is a factor of up to (1/eps)^q, 10^4 as it stands, where a softmax's
-            gradient stays below 1: training can stall, and q = 0 leaves the mitigation alone.
+        p, q, eps: as ``reweight.Seesaw``; by default the mitigation factor alone.
+        class_stats: as ``SeesawLoss``. link and the other options: as ``BernoulliLoss``.
     """
 
     extra_logits = 0
@@ -198,7 +197,7 @@ class GumbelSeesawLoss(BernoulliLoss):
         num_classes: int,
         *,
         p: float = 0.8,
-        q: float = 2.0,
+        q: float = 0.0,
         eps: float = 1e-2,
         class_stats: ClassStats | None = None,
         link: str = "gumbel",

@@ -134,6 +134,16 @@ def test_options_of_the_gumbel_link_reach_the_loss():
     assert -1 < gradients["compat=gol"] < 0
 
 
+def test_exponent_of_the_compensation_reaches_the_loss():
+    """Each loss has its own unless one is given, be it another's own."""
+    found = [
+        build_model(tiny_config(f"loss.name={name}", *q), tiny_classes()).roi_heads.stages[0].loss.q
+        for name in ("seesaw", "gumbel_seesaw")
+        for q in ((), ("loss.q=0",), ("loss.q=2",))
+    ]
+    assert found == [2, 0, 2, 0, 0, 2]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
