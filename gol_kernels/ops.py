@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NAMESPACE = "gol_kernels"
 BACKENDS = ("native", "triton", "reference")
@@ -224,12 +225,17 @@ class _Refused(torch.autograd.Function):
         )
 
 
-def _once(grad: Tensor) -> Tensor:
+def _anchor(logits: Tensor) -> Tensor:
+    """No numbers, but a function of the logits in autograd's books, which does not keep them."""
+    return torch.slice_copy(logits, 0, 0, 0)
+
+
+def _once(grad: Tensor, anchor: Tensor) -> Tensor:
     """The gradient that a backward returns; made with create_graph=True, it refuses to be differentiated.
 
-    It is not a function of the logits in autograd's books: a second derivative would silently be 0.
+    Without the logits' anchor it would be a constant, and a second derivative silently 0.
     """
-    return _Refused.apply(grad.detach().requires_grad_(True)) if torch.is_grad_enabled() else grad
+    return _Refused.apply(grad, anchor) if torch.is_grad_enabled() else grad
 
 
 # Whether the backward pass under way may be run again (retain_graph=True).
@@ -254,9 +260,10 @@ def _scaled(backend: str, grad: Tensor, first: Tensor, second: Tensor, split: in
     return torch.cat([grad[:, :split] * first, grad[:, split:] * second], dim=1)
 
 
-def _save(ctx: Any, arguments: tuple[Any, ...], grad: Tensor | None) -> None:
+def _save(ctx: Any, anchor: Tensor, arguments: tuple[Any, ...], grad: Tensor | None) -> None:
     """Saves the gradient where it was made, else the arguments to make it from."""
     ctx.set_materialize_grads(False)
+    ctx.anchor = anchor
     ctx.grad_is_made = grad is not None
     if grad is not None:
         ctx.save_for_backward(grad)
@@ -277,18 +284,18 @@ def _or_zero(upstream: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if upstream is None else upstream
 
 
-# forward(ctx, logits, arguments, outputs) of a node returns the outputs that are differentiable, the first
-# ones. It takes all that its op was given and returned in one object each: in every call autograd looks at
-# whatever is an argument by itself.
+# forward(ctx, logits, (anchor, arguments), outputs) of a node returns the outputs that are differentiable,
+# the first ones. It takes all that its op was given and returned in one object each: in every call autograd
+# looks at whatever is an argument by itself.
 _Node = type[torch.autograd.Function]
 
 
 def _bernoulli_node(backend: str) -> _Node:
     class BernoulliLoss(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, logits: Tensor, arguments: Any, outputs: Any) -> tuple[Tensor, ...]:
-            *arguments, compute_grad, _ = arguments
-            _save(ctx, arguments, outputs[1] if compute_grad else None)
+        def forward(ctx: Any, logits: Tensor, given: Any, outputs: Any) -> tuple[Tensor, ...]:
+            anchor, (*arguments, compute_grad, _) = given
+            _save(ctx, anchor, arguments, outputs[1] if compute_grad else None)
             return outputs[:1]
 
         @staticmethod
@@ -300,7 +307,7 @@ def _bernoulli_node(backend: str) -> _Node:
                 grad = _scaled(backend, grad, grad_loss, grad_loss, grad.shape[1])
             else:
                 grad = overload("bernoulli_grad", backend)(grad_loss, *_saved_arguments(ctx))
-            return _once(grad), None, None
+            return _once(grad, ctx.anchor), None, None
 
     return BernoulliLoss
 
@@ -308,9 +315,9 @@ def _bernoulli_node(backend: str) -> _Node:
 def _softmax_node(backend: str) -> _Node:
     class SoftmaxLoss(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, logits: Tensor, arguments: Any, outputs: Any) -> tuple[Tensor, ...]:
-            *arguments, compute_grad = arguments
-            _save(ctx, arguments, outputs[2] if compute_grad else None)
+        def forward(ctx: Any, logits: Tensor, given: Any, outputs: Any) -> tuple[Tensor, ...]:
+            anchor, (*arguments, compute_grad) = given
+            _save(ctx, anchor, arguments, outputs[2] if compute_grad else None)
             ctx.objectness = arguments[_OBJECTNESS]
             return outputs[:2]
 
@@ -326,7 +333,7 @@ def _softmax_node(backend: str) -> _Node:
                 grad = _scaled(backend, grad, first, second, grad.shape[1] - 2 * ctx.objectness)
             else:
                 grad = overload("softmax_grad", backend)(first, second, *_saved_arguments(ctx))
-            return _once(grad), None, None
+            return _once(grad, ctx.anchor), None, None
 
     return SoftmaxLoss
 
@@ -334,15 +341,15 @@ def _softmax_node(backend: str) -> _Node:
 def _activation_node(backend: str) -> _Node:
     class GumbelActivation(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, logits: Tensor, arguments: Any, outputs: Any) -> tuple[Tensor, ...]:
+        def forward(ctx: Any, logits: Tensor, given: Any, outputs: Any) -> tuple[Tensor, ...]:
             ctx.save_for_backward(logits)
-            ctx.clip = arguments[1:]
+            ctx.anchor, (_, *ctx.clip) = given
             return outputs
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> Any:
             grad = overload("gumbel_activation_grad", backend)(grad_output, *ctx.saved_tensors, *ctx.clip)
-            return _once(grad), None, None
+            return _once(grad, ctx.anchor), None, None
 
     return GumbelActivation
 
@@ -351,10 +358,20 @@ def _attach(node: _Node, arguments: tuple[Any, ...], outputs: Any) -> Any:
     """The outputs with their node, where the logits, the one differentiable argument, require a gradient."""
     if not arguments[0].requires_grad:
         return outputs
+    given = _anchor(arguments[0]), arguments
     if isinstance(outputs, Tensor):
-        return node.apply(arguments[0], arguments, (outputs,))[0]
-    differentiable = node.apply(arguments[0], arguments, outputs)
+        return node.apply(arguments[0], given, (outputs,))[0]
+    differentiable = node.apply(arguments[0], given, outputs)
     return *differentiable, *outputs[len(differentiable) :]
+
+
+def _refuse_tangents(arguments: tuple[Any, ...]) -> None:
+    for argument in arguments:
+        if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+            raise RuntimeError(
+                "forward-mode differentiation (jvp) is not supported: the ops of gol_kernels have no formula "
+                "for it. Use gol_kernels.reference."
+            )
 
 
 def _attach_refusal(arguments: tuple[Any, ...], grad: Tensor) -> Tensor:
@@ -367,6 +384,8 @@ def _register_formula(op: str, backend: str, attach: Callable[[tuple[Any, ...], 
     call = overload(op, backend)
 
     def kernel(*arguments: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(arguments)
         with torch._C._AutoDispatchBelowAutograd():
             outputs = call(*arguments)
         return attach(arguments, outputs) if torch.is_grad_enabled() else outputs

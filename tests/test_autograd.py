@@ -118,6 +118,39 @@ def test_double_backward_is_refused(backend: str, case: Case, reduction: str) ->
         grad.square().sum().backward()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives_of_part_of_the_graph_are_refused(backend: str, reduction: str) -> None:
+    """Where autograd asks for some inputs alone, it does not go where they are not: the gradient must lead to
+    them, through whatever made the logits."""
+    features, weight = torch.randn(4, 3, requires_grad=True), torch.randn(3, 9, requires_grad=True)
+    labels = torch.tensor([0, 3, 8, 1])
+    loss = gk.gumbel_loss(features @ weight, labels, reduction=reduction, backend=backend).sum()
+    (grad,) = torch.autograd.grad(loss, features, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.autograd.grad(grad.square().sum(), weight)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.autograd.functional.hessian(
+            lambda z: gk.softmax_loss(z, labels, reduction=reduction, backend=backend).sum(),
+            torch.randn(4, 9),
+        )
+
+
+@CASE
+def test_forward_mode_is_refused(backend: str, case: Case) -> None:
+    logits, labels = case.inputs(4, 9)
+    with pytest.raises(RuntimeError, match="forward-mode differentiation"):
+        torch.func.jvp(lambda z: case.loss(z, labels, backend=backend), (logits,), (torch.ones_like(logits),))
+
+
+def test_a_step_keeps_one_buffer(backend: str) -> None:
+    """The gradient, and not the logits beside it."""
+    kept: list[int] = []
+    leaf = torch.randn(6, 9, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()), lambda _: None):
+        gk.gumbel_loss(leaf, torch.zeros(6, dtype=torch.int64), backend=backend)
+    assert kept == [54]
+
+
 class _Calls(TorchDispatchMode):
     """What the dispatcher is asked for, in order, and the gradient that a loss op returns."""
 
@@ -142,7 +175,13 @@ def test_a_plain_step_is_a_loss_and_a_scaling_that_moves_nothing(backend: str, n
     leaf = logits.requires_grad_(True)
     with _Calls() as calls:
         case.loss(leaf, labels, backend=backend).backward()
-    assert calls.names == [f"{op}_{backend}", "ones_like", f"scale_grad__{backend}", "detach"]
+    assert calls.names == [
+        f"{op}_{backend}",
+        "slice_copy.Tensor",
+        "ones_like",
+        f"scale_grad__{backend}",
+        "detach",
+    ]
     assert leaf.grad is not None
     assert leaf.grad.data_ptr() == calls.grad
 
