@@ -133,6 +133,7 @@ template <> struct Lanes<Vec> {
   static GOL_FN void store(float* p, Vec v) { _mm256_storeu_ps(p, v.v); }
   static GOL_FN void store(float* p, int n, Vec v) { _mm256_maskstore_ps(p, lanes_below(n), v.v); }
 
+  // To an aligned place, past the caches; end_streams() before other threads may read it.
   static GOL_FN void stream(float* p, Vec v) { _mm256_stream_ps(p, v.v); }
   static GOL_FN void stream(Float16* p, Vec v) { _mm_stream_si128((__m128i*)p, half(v)); }
   static GOL_FN void stream(BFloat16* p, Vec v) { _mm_stream_si128((__m128i*)p, narrow(v)); }

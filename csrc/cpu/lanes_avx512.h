@@ -139,6 +139,7 @@ template <> struct Lanes<Vec> {
   static GOL_FN void store(float* p, Vec v) { _mm512_storeu_ps(p, v.v); }
   static GOL_FN void store(float* p, int n, Vec v) { _mm512_mask_storeu_ps(p, first(n), v.v); }
 
+  // To an aligned place, past the caches; end_streams() before other threads may read it.
   static GOL_FN void stream(float* p, Vec v) { _mm512_stream_ps(p, v.v); }
   static GOL_FN void stream(Float16* p, Vec v) { _mm256_stream_si256((__m256i*)p, half(v)); }
   static GOL_FN void stream(BFloat16* p, Vec v) { _mm256_stream_si256((__m256i*)p, narrow(v)); }
